@@ -1,0 +1,65 @@
+"""Fine-tune part of a model, exactly, with PyTorch Lightning.
+
+Public names are imported on first use, so that ``import lightning_peft`` stays fast and pulls in neither
+``transformers`` nor ``peft``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+_PUBLIC: dict[str, str] = {
+    # layers
+    "LISA": "lightning_peft.methods.layers.lisa",
+    "HFT": "lightning_peft.methods.layers.hft",
+    # reports
+    "TrainableTable": "lightning_peft.report.table",
+    "TrainingLedger": "lightning_peft.report.ledger_plot",
+    # models and data for command-line runs
+    "CausalLM": "lightning_peft.models.causal_lm",
+    "SequenceClassification": "lightning_peft.models.sequence_classification",
+    "TextEmbedding": "lightning_peft.models.text_embedding",
+    "TextFiles": "lightning_peft.data.text_files",
+    "PromptResponse": "lightning_peft.data.prompt_response",
+    "ChatMessages": "lightning_peft.data.chat_messages",
+    "LabelledText": "lightning_peft.data.labelled_text",
+    "TextPairs": "lightning_peft.data.text_pairs",
+    "PythonCodeSearch": "lightning_peft.data.code_search",
+    "ResumableDataLoader": "lightning_peft.data.loader",
+}
+
+__all__ = ["__version__", "errors", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:
+    from lightning_peft import errors
+    from lightning_peft.data.chat_messages import ChatMessages
+    from lightning_peft.data.code_search import PythonCodeSearch
+    from lightning_peft.data.labelled_text import LabelledText
+    from lightning_peft.data.loader import ResumableDataLoader
+    from lightning_peft.data.prompt_response import PromptResponse
+    from lightning_peft.data.text_files import TextFiles
+    from lightning_peft.data.text_pairs import TextPairs
+    from lightning_peft.methods.layers.hft import HFT
+    from lightning_peft.methods.layers.lisa import LISA
+    from lightning_peft.models.causal_lm import CausalLM
+    from lightning_peft.models.sequence_classification import SequenceClassification
+    from lightning_peft.models.text_embedding import TextEmbedding
+    from lightning_peft.report.ledger_plot import TrainingLedger
+    from lightning_peft.report.table import TrainableTable
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    if name == "errors":
+        return importlib.import_module("lightning_peft.errors")
+    raise AttributeError(f"module 'lightning_peft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
