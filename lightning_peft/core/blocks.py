@@ -297,7 +297,7 @@ def _ancestors(blocks: list[Block]) -> set[str]:
 
 def _modules_before_blocks(modules: dict[str, nn.Module], blocks: list[Block]) -> list[str]:
     """Paths of modules that are registered before a stack, beside it or beside one of its ancestors, and hold none."""
-    if not blocks or blocks[0].stack == "" and len({b.name.count(".") for b in blocks}) != 1:
+    if not blocks or (blocks[0].stack == "" and len({b.name.count(".") for b in blocks}) != 1):
         return []
     ancestors = _ancestors(blocks)
     names = {block.name for block in blocks}

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Methods: each answers what trains now. One paper, one file."""

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""What a strategy needs when the trainable set changes under it."""

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Methods that train whole tensors, chosen anew on a schedule or once."""

@@ -1,0 +1,215 @@
+"""Loud checks that what was planned is what happens."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from lightning_peft.core.blocks import Structure
+from lightning_peft.core.trainable import optimizer_members, parameter_fingerprints
+from lightning_peft.errors import ConfigError, EffectError
+
+__all__ = ["GradientWatch", "MovementCheck", "check_checkpointing", "check_flags", "check_optimizers"]
+
+_STARVED_STEPS = 5
+
+
+def _some(names: Iterable[str], limit: int = 4) -> str:
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def check_optimizers(
+    parameters: Mapping[str, nn.Parameter],
+    planned: Collection[str],
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> None:
+    """Check that each planned parameter is in exactly one optimizer exactly once, and that freezing works there.
+
+    Raises:
+        ConfigError: With all that is wrong.
+    """
+    members = optimizer_members(parameters, optimizers)
+    missing = [name for name in parameters if name in planned and not members[name]]
+    doubled = [name for name in parameters if name in planned and len(members[name]) > 1]
+    problems = []
+    if missing:
+        problems.append(
+            f"{len(missing)} parameter(s) planned to train are in no optimizer and would never move: {_some(missing)}. "
+            "Build the optimizer over self.parameters() (or all with requires_grad) in configure_optimizers, or take "
+            "them out of the method's scope and always."
+        )
+    if doubled:
+        problems.append(
+            f"{len(doubled)} parameter(s) are in more than one parameter group or optimizer and would be stepped "
+            f"twice: {_some(doubled)}. Put each into one group."
+        )
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            problems.append(
+                "torch.optim.LBFGS treats a parameter without gradient as one with zero gradient, and mixes all "
+                "parameters in one history: it cannot leave frozen ones alone. Use another optimizer."
+            )
+    if problems:
+        raise ConfigError(" ".join(problems))
+
+
+def check_checkpointing(structure: Structure, planned: Collection[str]) -> None:
+    """Check that reentrant activation checkpointing does not cut active blocks off from the loss.
+
+    Reentrant checkpointing gives a block no gradient at all unless one of its inputs needs one, which is so only if
+    something before the first block trains.
+
+    Raises:
+        ConfigError: If it would.
+    """
+    if any(name in planned for name in structure.roles["embeddings"]):
+        return
+    if any(getattr(module, "_require_grads_hook", None) is not None for module in structure.modules.values()):
+        return
+    for path, module in structure.modules.items():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if not getattr(module, "gradient_checkpointing", False) or not isinstance(function, functools.partial):
+            continue
+        if function.keywords.get("use_reentrant"):
+            raise ConfigError(
+                f"{path or 'the model'} uses reentrant activation checkpointing while the embeddings are frozen: the "
+                "active blocks would get no gradient. Use gradient_checkpointing_enable("
+                "gradient_checkpointing_kwargs={'use_reentrant': False}), or train the embeddings too."
+            )
+
+
+def check_flags(parameters: Mapping[str, nn.Parameter], planned: Collection[str]) -> None:
+    """Check that ``requires_grad`` is still what was set.
+
+    Raises:
+        EffectError: Naming what something else changed.
+    """
+    wrong = [name for name, parameter in parameters.items() if parameter.requires_grad != (name in planned)]
+    if wrong:
+        raise EffectError(
+            f"requires_grad of {len(wrong)} parameter(s) was changed during training by something else than the "
+            f"method that plans it: {_some(wrong)}. Let one of the two decide."
+        )
+
+
+class MovementCheck:
+    """Check after the first step of each optimizer that exactly the planned parameters moved.
+
+    A step with learning rate 0 (the first of a warm-up) proves nothing; the check waits for the next one.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self._parameters = parameters
+        members = optimizer_members(parameters, optimizers)
+        self._members = [[name for name in parameters if index in members[name]] for index in range(len(optimizers))]
+        self._before: dict[int, list[int]] = {}
+        self._pending = set(range(len(optimizers)))
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether an optimizer has not made its first step yet."""
+        return bool(self._pending)
+
+    def before_step(self, index: int, optimizer: torch.optim.Optimizer) -> None:
+        """Remember the parameters' bits."""
+        if index in self._pending and any(float(group["lr"]) != 0 for group in optimizer.param_groups):
+            self._before[index] = parameter_fingerprints(self._parameters[name] for name in self._members[index])
+
+    def after_step(self, index: int, optimizer: torch.optim.Optimizer, planned: Collection[str]) -> None:
+        """Compare.
+
+        Raises:
+            EffectError: If a frozen parameter moved or no planned one did.
+        """
+        before = self._before.pop(index, None)
+        if before is None:
+            return
+        self._pending.discard(index)
+        names = self._members[index]
+        after = parameter_fingerprints(self._parameters[name] for name in names)
+        moved = {name for name, old, new in zip(names, before, after, strict=True) if old != new}
+        drifted = [name for name in names if name in moved and name not in planned]
+        if drifted:
+            raise EffectError(
+                f"{len(drifted)} frozen parameter(s) moved in an optimizer step: {_some(drifted)}. "
+                f"{type(optimizer).__name__} changes parameters that have no gradient."
+            )
+        rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        expected = [name for name in names if name in planned and rates[id(self._parameters[name])] != 0]
+        silent = [name for name in expected if self._parameters[name].grad is None and name not in moved]
+        stuck = [
+            name
+            for name in expected
+            if name not in moved and (grad := self._parameters[name].grad) is not None and bool(grad.any())
+        ]
+        if expected and not moved:
+            raise EffectError(
+                f"None of the {len(expected)} parameters planned to train moved in the first optimizer step: "
+                f"{len(silent)} got no gradient, {len(stuck)} had one and did not change. {_some(silent or stuck)}"
+            )
+        if silent:
+            warnings.warn(
+                f"{len(silent)} parameter(s) are planned to train but got no gradient in the first optimizer step "
+                f"(unused in the forward pass?): {_some(silent)}",
+                stacklevel=2,
+            )
+        if stuck:
+            dtypes = sorted({str(self._parameters[name].dtype) for name in stuck})
+            warnings.warn(
+                f"{len(stuck)} parameter(s) had a gradient but did not change in the first optimizer step: "
+                f"{_some(stuck)}. With {', '.join(dtypes)} weights the update may be smaller than the rounding.",
+                stacklevel=2,
+            )
+
+
+class GradientWatch:
+    """Watch that every unit that was chosen gets a gradient, from each draw's first optimizer step on."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._waiting: dict[str, tuple[str, ...]] = {}
+        self._chosen = 0
+        self._steps = 0
+        self._proven = False
+        self._warned: set[str] = set()
+
+    def expect(self, units: Mapping[str, tuple[str, ...]]) -> None:
+        """Expect a gradient in at least one parameter of each unit from now on."""
+        self._waiting = dict(units)
+        self._chosen, self._steps = len(units), 0
+
+    def after_step(self) -> None:
+        """Look at the gradients of the units that have not had one yet.
+
+        Raises:
+            EffectError: If, at the start of the run, none of the chosen units gets a gradient step after step.
+        """
+        if not self._waiting:
+            return
+        self._steps += 1
+        self._waiting = {
+            unit: names
+            for unit, names in self._waiting.items()
+            if all(self._parameters[name].grad is None for name in names)
+        }
+        self._proven = self._proven or len(self._waiting) < self._chosen
+        starved = [unit for unit in self._waiting if unit not in self._warned]
+        if starved:
+            self._warned.update(starved)
+            warnings.warn(
+                f"Chosen to train, but without any gradient in this step: {_some(starved)}. "
+                "A layer that is skipped at random (LayerDrop) may be; otherwise something detaches it from the loss.",
+                stacklevel=2,
+            )
+        if not self._proven and self._steps >= _STARVED_STEPS:
+            raise EffectError(
+                f"None of the units chosen to train got a gradient in {self._steps} optimizer steps: "
+                f"{_some(self._waiting)}. Something between them and the loss is detached (reentrant activation "
+                "checkpointing with frozen inputs, torch.no_grad, .detach())."
+            )

@@ -1,0 +1,323 @@
+"""What all methods of one Trainer share: one plan, one clock, one place that changes the model.
+
+The first method among the Trainer's callbacks leads: its hooks drive the engine, the others' do nothing. Within a fit:
+
+``setup``
+    the strategy's ``setup`` is wrapped, to be present after ``configure_model`` and right before the model is wrapped
+    and ``configure_optimizers`` runs;
+before wrapping
+    structure, scopes, conflicts; everything that may ever train is left trainable, the rest is frozen, so that an
+    optimizer built over trainable parameters holds each of them and DDP's buckets hold no other;
+after wrapping
+    each of these is in exactly one optimizer;
+``on_train_start``
+    (all state is restored by now) the first draw, or the saved one, comes into force;
+``on_train_batch_start``
+    a new draw, when the clock says so. The clock moves in optimizer steps, so that this is always the first
+    micro-batch of an accumulation window;
+``teardown`` or ``on_exception``
+    the model gets back the flags it came with.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_peft.core.blocks import Structure, find_structure
+from lightning_peft.core.clock import OptimizerStepClock
+from lightning_peft.core.plan import check_disjoint, fingerprint_names
+from lightning_peft.core.rng import get_rng_state, set_rng_state
+from lightning_peft.core.trainable import (
+    FrozenNormStatistics,
+    OffloadedStates,
+    StatePolicy,
+    optimizer_members,
+    set_flags,
+    set_trainable,
+)
+from lightning_peft.errors import ResumeMismatch
+from lightning_peft.methods.checks import (
+    GradientWatch,
+    MovementCheck,
+    check_checkpointing,
+    check_flags,
+    check_optimizers,
+)
+from lightning_peft.strategies.guards import StrategyGuard, all_ranks_agree, guard_for
+
+if TYPE_CHECKING:
+    from lightning_peft.methods.base import MethodCallback
+
+__all__ = ["CHECKPOINT_KEY", "Engine"]
+
+CHECKPOINT_KEY = "lightning_peft"
+"""Where the engine's state lies in a Lightning checkpoint."""
+
+_engines: weakref.WeakKeyDictionary[Trainer, Engine] = weakref.WeakKeyDictionary()
+
+
+class Engine:
+    """Drive all methods of one Trainer. Get it with :meth:`of`."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = weakref.proxy(trainer)
+        self._clock = OptimizerStepClock(self._before_step, self._after_step)
+        self._structure: Structure | None = None
+        self._resume: dict[str, Any] | None = None
+        self._undo_setup: Any = None
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> Engine:
+        """Return the engine of ``trainer``."""
+        if trainer not in _engines:
+            _engines[trainer] = cls(trainer)
+        return _engines[trainer]
+
+    @property
+    def methods(self) -> list[MethodCallback]:
+        """The Trainer's methods, the leader first."""
+        from lightning_peft.methods.base import MethodCallback
+
+        return [callback for callback in self._trainer.callbacks if isinstance(callback, MethodCallback)]
+
+    def _leads(self, method: MethodCallback) -> bool:
+        return self.methods[0] is method
+
+    # ------------------------------------------------------------------ before training
+
+    def setup(self, method: MethodCallback, stage: str) -> None:
+        """Get ready to take part in the strategy's setup of a fit; other stages are left alone."""
+        if stage != "fit" or not self._leads(method):
+            return
+        self.finish()
+        self._resume = None
+        strategy = self._trainer.strategy
+        previous = strategy.__dict__.get("setup")
+        original = strategy.setup
+
+        def undo() -> None:
+            if previous is None:
+                strategy.__dict__.pop("setup", None)
+            else:
+                strategy.setup = previous
+            self._undo_setup = None
+
+        def setup(trainer: Trainer) -> None:
+            undo()
+            self._before_wrap()
+            original(trainer)
+            self._after_wrap()
+
+        self._undo_setup = undo
+        strategy.setup = setup
+
+    def _before_wrap(self) -> None:
+        self._guard: StrategyGuard = guard_for(self._trainer.strategy)
+        structure = find_structure(self._trainer.lightning_module)
+        self._user_flags = {name: p.requires_grad for name, p in structure.parameters.items()}
+        check_disjoint([method.bind(structure, self._user_flags) for method in self.methods])
+        self._structure = structure
+        self._registered = frozenset().union(*(method.before_wrap() for method in self.methods))
+        check_checkpointing(structure, frozenset().union(*(m.before_wrap() for m in self.methods)))
+        set_flags(structure.parameters, {name: name in self._registered for name in structure.parameters})
+
+    def _after_wrap(self) -> None:
+        assert self._structure is not None
+        check_optimizers(self._structure.parameters, self._registered, self._trainer.strategy.optimizers)
+
+    # ------------------------------------------------------------------ training
+
+    def train_start(self, method: MethodCallback) -> None:
+        """Bring the first draw, or the saved one, into force."""
+        if not self._leads(method):
+            return
+        assert self._structure is not None
+        trainer, parameters = self._trainer, self._structure.parameters
+        self._optimizers: list[torch.optim.Optimizer] = list(trainer.strategy.optimizers)
+        self._policies: dict[str, StatePolicy] = {name: m.state for m in self.methods for name in m.selectable}
+        self._offloaded = OffloadedStates()
+        self._planned: frozenset[str] = self._registered
+        self._norms = FrozenNormStatistics(self._structure.modules, _names_below(self._structure))
+        self._movement = MovementCheck(parameters, self._optimizers)
+        self._gradients = GradientWatch(parameters)
+        resume, self._resume = self._resume, None
+        if resume is not None:
+            self._clock.counts = list(resume["clock"])
+            self._offloaded.load_state_dict(resume["offloaded"])
+        elif trainer.global_step == 0:
+            self._clock.counts = []
+        continues = any(self._clock.counts)
+        self._clock.attach(self._optimizers)
+        members = optimizer_members(parameters, self._optimizers)
+        self._times = [(m, sorted({i for name in m.selectable for i in members[name]})) for m in self.methods]
+        for each, indices in self._times:
+            each.begin(self._clock.time(indices), trainer.current_epoch, trainer.global_step, continues)
+        self._apply()
+        if resume is not None:
+            self._restore_process(resume)
+
+    def batch_start(self, method: MethodCallback) -> None:
+        """Draw again where a new draw is due."""
+        if not self._leads(method):
+            return
+        trainer, changed = self._trainer, False
+        for each, indices in self._times:
+            changed |= each.advance(self._clock.time(indices), trainer.current_epoch, trainer.global_step)
+        if changed:
+            self._apply()
+        self._norms.hold()
+
+    def _apply(self) -> None:
+        """Make the union of all methods' plans the trainable set."""
+        assert self._structure is not None
+        parameters = self._structure.parameters
+        check_flags(parameters, self._planned)
+        planned = frozenset().union(*(method.trainable_names for method in self.methods))
+        all_ranks_agree(
+            fingerprint_names(planned), "The set of parameters to train", self._trainer.strategy.root_device
+        )
+        self._guard.before_switch()
+        switch = set_trainable(
+            parameters,
+            planned,
+            optimizers=self._optimizers,
+            policy=lambda name: self._policies.get(name, "keep"),
+            offloaded=self._offloaded,
+        )
+        self._planned = planned
+        if switch:
+            self._guard.after_switch()
+        self._norms.apply(planned)
+        self._gradients.expect({unit: names for m in self.methods for unit, names in m.active_units().items()})
+
+    def _before_step(self, index: int, optimizer: torch.optim.Optimizer) -> None:
+        if self._movement.is_pending:
+            self._movement.before_step(index, optimizer)
+
+    def _after_step(self, index: int, optimizer: torch.optim.Optimizer) -> None:
+        self._gradients.after_step()
+        if self._movement.is_pending:
+            self._movement.after_step(index, optimizer, self._planned)
+
+    def finish(self) -> None:
+        """Give the model back as it came; safe to call at any time and more than once."""
+        if self._undo_setup is not None:
+            self._undo_setup()
+        self._clock.detach()
+        if self._structure is None:
+            return
+        if hasattr(self, "_norms"):
+            self._norms.release()
+        set_flags(self._structure.parameters, self._user_flags)
+        self._structure = None
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save_checkpoint(self, method: MethodCallback, checkpoint: dict[str, Any]) -> None:
+        """Add clock, random states, offloaded optimizer states and unfinished gradients. Called on every rank."""
+        if not self._leads(method) or self._structure is None or method.draw_index < 0:
+            return
+        checkpoint[CHECKPOINT_KEY] = {
+            "version": 1,
+            "methods": [{"method": each.label, "settings": each.settings()} for each in self.methods],
+            "clock": list(self._clock.counts),
+            "offloaded": self._offloaded.state_dict(),
+            "rng": _gather(get_rng_state()),
+            "partial_gradients": _gather(self._partial_gradients()),
+        }
+
+    def load_checkpoint(self, method: MethodCallback, checkpoint: dict[str, Any]) -> None:
+        """Take the engine's state from a checkpoint that a fit resumes from.
+
+        Raises:
+            ResumeMismatch: If the checkpoint was written under other methods or settings.
+        """
+        if not self._leads(method) or self._trainer.state.fn != TrainerFn.FITTING:
+            return
+        saved = checkpoint.get(CHECKPOINT_KEY)
+        if saved is None:
+            rank_zero_info(f"The checkpoint knows nothing of {method.label}: its schedule starts at the first draw.")
+            return
+        _check_settings(saved["methods"], self.methods)
+        self._resume = saved
+
+    def _partial_gradients(self) -> dict[str, torch.Tensor]:
+        """Gradients of an accumulation window that is not finished; Lightning itself forgets them."""
+        assert self._structure is not None
+        trainer = self._trainer
+        automatic = trainer.lightning_module.automatic_optimization
+        if not automatic or trainer.accumulate_grad_batches == 1 or not trainer.fit_loop._should_accumulate():
+            return {}
+        return {
+            name: parameter.grad.detach().cpu()
+            for name, parameter in self._structure.parameters.items()
+            if parameter.grad is not None
+        }
+
+    def _restore_process(self, resume: dict[str, Any]) -> None:
+        """Restore what belongs to one process: random states and unfinished gradients."""
+        assert self._structure is not None
+        rank, world_size = self._trainer.global_rank, self._trainer.world_size
+        if len(resume["rng"]) != world_size:
+            rank_zero_warn(
+                f"The checkpoint was written by {len(resume['rng'])} process(es) and is resumed by {world_size}: the "
+                "schedule goes on exactly, random states (dropout) cannot."
+            )
+            if any(resume["partial_gradients"]):
+                raise ResumeMismatch(
+                    "The checkpoint was written in the middle of an accumulation window by "
+                    f"{len(resume['rng'])} process(es), and their unfinished gradients do not fit {world_size}. "
+                    "Resume with as many processes, or from a checkpoint written at an optimizer step."
+                )
+            return
+        for name, grad in resume["partial_gradients"][rank].items():
+            parameter = self._structure.parameters[name]
+            parameter.grad = grad.to(parameter.device)
+        set_rng_state(resume["rng"][rank])
+
+
+def _names_below(structure: Structure) -> dict[str, tuple[str, ...]]:
+    table: dict[str, list[str]] = {}
+    for alias, canonical in structure.aliases.items():
+        parts = alias.split(".")
+        for depth in range(len(parts)):
+            table.setdefault(".".join(parts[:depth]), []).append(canonical)
+    return {path: tuple(dict.fromkeys(names)) for path, names in table.items()}
+
+
+def _gather(value: Any) -> list[Any]:
+    """Collect ``value`` of every rank, in order."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _check_settings(saved: list[dict[str, Any]], methods: list[MethodCallback]) -> None:
+    now = [(method.label, method.settings()) for method in methods]
+    then = [(entry["method"], entry["settings"]) for entry in saved]
+    if [label for label, _ in now] != [label for label, _ in then]:
+        raise ResumeMismatch(
+            f"The checkpoint was written with {', '.join(label for label, _ in then)}; "
+            f"this run has {', '.join(label for label, _ in now)}. Resume with the same methods, or start a new run "
+            "from the weights alone."
+        )
+    differences = [
+        f"{label}.{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for (label, new), (_, old) in zip(now, then, strict=True)
+        for key in sorted({*new, *old})
+        if new.get(key) != old.get(key)
+    ]
+    if differences:
+        raise ResumeMismatch(
+            "The checkpoint was written under other settings, so that its schedule cannot go on: "
+            + "; ".join(differences)
+        )
