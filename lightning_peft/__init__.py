@@ -22,6 +22,7 @@ _PUBLIC: dict[str, str] = {
     "CausalLM": "lightning_peft.models.causal_lm",
     "SequenceClassification": "lightning_peft.models.sequence_classification",
     "TextEmbedding": "lightning_peft.models.text_embedding",
+    "WarmupSchedule": "lightning_peft.models.optimizer",
     "TextFiles": "lightning_peft.data.text_files",
     "PromptResponse": "lightning_peft.data.prompt_response",
     "ChatMessages": "lightning_peft.data.chat_messages",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from lightning_peft.methods.layers.hft import HFT
     from lightning_peft.methods.layers.lisa import LISA
     from lightning_peft.models.causal_lm import CausalLM
+    from lightning_peft.models.optimizer import WarmupSchedule
     from lightning_peft.models.sequence_classification import SequenceClassification
     from lightning_peft.models.text_embedding import TextEmbedding
     from lightning_peft.report.ledger_plot import TrainingLedger

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Ready LightningModules for command-line runs and for Python: causal LM, text classification, text embedding."""
