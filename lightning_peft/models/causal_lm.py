@@ -51,7 +51,8 @@ class CausalLM(PretrainedModule):
     training loss is the mean over the tokens of all processes' batches together, so unequal shares of padding weigh
     nothing. Logged: ``train/loss``; ``val/loss``, ``val/perplexity``, ``val/token_accuracy`` and the same under
     ``test/``, each over all tokens of the split; with ``generate_max_new_tokens`` also ``exact_match`` and ``token_f1``
-    of the generated responses, after SQuAD's normalisation (case, punctuation, English articles).
+    of the generated responses, after SQuAD's normalisation (case, punctuation, English articles); rows without a prompt
+    are left out of these two.
 
     ``predict`` returns the generated continuation of each prompt.
 
@@ -169,15 +170,10 @@ class CausalLM(PretrainedModule):
         labels_BT = batch["labels"].masked_fill(~is_real[:, None], IGNORE)
         metrics["language_model"].update(*self._losses(batch, labels_BT))
         if "generation" in metrics:
-            rows = [row for row, real in zip(prompts_and_responses(batch), is_real.tolist(), strict=True) if real]
-            if any(len(response) == 0 or len(prompt) == 0 for prompt, response in rows):
-                raise ConfigError(
-                    "generate_max_new_tokens asks for generated responses, but a row has no prompt or no response: "
-                    "every token or none has a label of -100. Use data of prompts and responses, or set it to 0."
-                )
-            if rows:
-                texts = self._generate([prompt for prompt, _ in rows], self.generate_max_new_tokens)
-                metrics["generation"].update(texts, self._decode([response for _, response in rows]))
+            pairs = zip(prompts_and_responses(batch), is_real.tolist(), strict=True)
+            rows = [row for row, real in pairs if real and len(row[0]) and len(row[1])]
+            texts = self._generate([prompt for prompt, _ in rows], self.generate_max_new_tokens) if rows else []
+            metrics["generation"].update(texts, self._decode([response for _, response in rows]))
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> list[str]:
         """Return the generated continuation of each prompt of the batch."""
@@ -218,7 +214,7 @@ class CausalLM(PretrainedModule):
         return self._decode(output[:, length:])
 
     def _decode(self, ids: Any) -> list[str]:
-        return self.tokenizer.batch_decode([row.tolist() for row in ids], skip_special_tokens=True)
+        return [str(self.tokenizer.decode(row.tolist(), skip_special_tokens=True)) for row in ids]
 
 
 class GenerationMetrics(Metric):
@@ -226,13 +222,16 @@ class GenerationMetrics(Metric):
 
     full_state_update = False
     higher_is_better = True
+    num_texts: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.squad = SQuAD(**kwargs)
+        self.add_state("num_texts", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, generated: list[str], expected: list[str]) -> None:
         """Add the texts of one batch."""
+        self.num_texts += len(generated)
         self.squad.update(
             [{"prediction_text": text, "id": str(index)} for index, text in enumerate(generated)],
             [
@@ -242,6 +241,15 @@ class GenerationMetrics(Metric):
         )
 
     def compute(self) -> dict[str, Tensor]:
-        """Return ``exact_match`` and ``token_f1``."""
+        """Return ``exact_match`` and ``token_f1``.
+
+        Raises:
+            ConfigError: No text was generated, because no row had a prompt and a response.
+        """
+        if not self.num_texts:
+            raise ConfigError(
+                "generate_max_new_tokens asks for generated responses, but no row has a prompt (labels of -100) and a "
+                "response after it. Use data of prompts and responses, or set generate_max_new_tokens to 0."
+            )
         result = self.squad.compute()
         return {"exact_match": result["exact_match"] / 100, "token_f1": result["f1"] / 100}

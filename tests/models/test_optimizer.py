@@ -16,7 +16,7 @@ class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(5, 4)
-        self.norm = nn.LayerNorm((2, 4))  # weights of two dimensions
+        self.norm = nn.LayerNorm([2, 4])  # weights of two dimensions
         self.fc = nn.Linear(4, 4)
         self.odd = nn.Linear(4, 4, bias=False)
         self.odd.bias = nn.Parameter(torch.zeros(2, 2))  # a bias of two dimensions
