@@ -237,8 +237,8 @@ def test_method_is_replaced_and_removed(base: Path, capsys: pytest.CaptureFixtur
         (["fit", "--model", "TinyStac"], ["--model", "'TinyStac'", "'TinyStack'"]),
         (["fit", "--model", "TinyStack", "--model.widht=3"], ["--model.widht", "TinyStack", "'width'"]),
         (["fit", "--model", "TinyStack", "--model.width=wide"], ["--model.width", "int", "'wide'"]),
-        (["fit", "--model", "test_cli.TinyStak"], ["test_cli", "'TinyStack'"]),
-        (["fit", "--model", "nowhere.TinyStack"], ["nowhere", "test_cli.TinyStack"]),
+        (["fit", "--model", f"{__name__}.TinyStak"], [__name__, "'TinyStack'"]),
+        (["fit", "--model", "nowhere.TinyStack"], ["nowhere", f"{__name__}.TinyStack"]),
         (["fit", "--model", "LISA"], ["'LISA'", "LightningModule"]),
         (["fit", "--data", "TinyPoint"], ["--data", "'TinyPoints'"]),
         (["fit", "--method", "LISSA"], ["--method", "'LISA'"]),
@@ -440,14 +440,16 @@ def test_card_is_cut_at_sections() -> None:
     class Demo:
         """Trains ``half``.
 
-        Costs little.
+        Costs little: half
+        of it.
 
-        Paper: A. Author,
+        Paper:
+            A. Author,
             2024.
         """
 
     card = method_card("Demo", Demo)
-    assert (card.summary, card.about) == ("Trains `half`.", "Costs little.")
+    assert (card.summary, card.about) == ("Trains `half`.", "Costs little: half\nof it.")
     assert card.sections == {"Paper": "A. Author,\n2024."}
 
 

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 import lightning_peft
@@ -18,7 +19,7 @@ from lightning_peft.report.console import render
 __all__ = ["MethodCard", "method_card", "method_classes", "print_methods"]
 
 _METHOD_PACKAGES = ("lightning_peft.methods.", "lightning_peft.adapters.", "lightning_peft.optim.")
-_SECTION = re.compile(r"^([A-Z][A-Za-z' ]+):\s*(.*)$")
+_SECTION = re.compile(r"^([A-Z][A-Za-z' ]+):$")
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class MethodCard:
     Args:
         name: Public name.
         summary: First sentence.
-        about: The paragraphs before the first section: what it does to training, memory and speed.
-        sections: Section title -> text, such as ``"Paper"`` or ``"When to use"``.
+        about: The paragraphs before the first section: first what it does to training, memory and speed; one of the
+            others starts with "Use it" and says what for.
+        sections: Section title -> text, such as ``"Paper"`` or ``"Args"``.
         signature: The constructor with its defaults.
         docstring: The whole docstring, with normal indentation.
     """
@@ -64,8 +66,8 @@ def method_card(name: str, method: type) -> MethodCard:
         match = _SECTION.match(line)
         if match:
             lines = sections.setdefault(match[1], [])
-            line = match[2]
-        lines.append(line.strip() if lines is not about else line)
+        else:
+            lines.append(line.strip())
     return MethodCard(
         name=name,
         summary=_one_line(summary),
@@ -108,10 +110,10 @@ def print_methods(args: list[str]) -> int:
     table.add_column("paper", ratio=2)
     for name, method in methods.items():
         card = method_card(name, method)
-        use = card.sections.get("When to use", "")
-        cost = card.sections.get("Cost") or card.about.partition("\n\n")[0]
-        text = "\n".join(_one_line(part) for part in (card.summary, cost, use and f"Use it when: {use}") if part)
-        table.add_row(name, text, _one_line(card.sections.get("Paper", "")))
+        paragraphs = [_one_line(paragraph) for paragraph in card.about.split("\n\n")]
+        cost, use = paragraphs[0], [text for text in paragraphs[1:] if text.startswith("Use it ")]
+        text = "\n".join([f"[bold]{escape(card.summary)}[/bold]", *(escape(text) for text in (cost, *use) if text)])
+        table.add_row(name, text, escape(_one_line(card.sections.get("Paper", ""))))
     print(render(table))
     print("`lightning-peft methods NAME` shows one whole.")
     return 0
