@@ -22,7 +22,7 @@ after wrapping
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,7 @@ from lightning_peft.core.trainable import (
     set_flags,
     set_trainable,
 )
+from lightning_peft.data.loader import attach_trainer
 from lightning_peft.errors import ResumeMismatch
 from lightning_peft.methods.checks import (
     GradientWatch,
@@ -160,6 +161,7 @@ class Engine:
         for each, indices in self._times:
             each.begin(self._clock.time(indices), trainer.current_epoch, trainer.global_step, continues)
         self._apply()
+        attach_trainer(cast(Trainer, trainer))
         if resume is not None:
             self._restore_process(resume)
 
