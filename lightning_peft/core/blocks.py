@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -77,6 +77,12 @@ class Structure:
         """Paths of the stacks' containers, in registration order."""
         return tuple(dict.fromkeys(block.stack for block in self.blocks))
 
+    def outside_blocks(self) -> Structure:
+        """The same model with every role cut down to what lies outside the blocks."""
+        inside = set(self.roles["blocks"])
+        roles = {role: tuple(name for name in names if name not in inside) for role, names in self.roles.items()}
+        return replace(self, roles=roles)
+
     def block_of(self) -> dict[str, Block]:
         """Map each parameter name that lies in a block to its block."""
         return {name: block for block in self.blocks for name in block.parameters}
@@ -120,7 +126,9 @@ def find_structure(root: nn.Module) -> Structure:
         taken.update(own)
         if own:
             blocks.append(Block(name, stack, own))
-    roles = _find_roles(modules, parameters, aliases, blocks, taken)
+    everywhere = dict(named_modules(root, remove_duplicate=False))
+    owner = {alias: everywhere[path] for alias in aliases if (path := alias.rpartition(".")[0]) in everywhere}
+    roles = _find_roles(modules, parameters, aliases, owner, blocks, taken)
     return Structure(tuple(blocks), roles, parameters, aliases, modules)
 
 
@@ -223,10 +231,10 @@ def _find_roles(
     modules: dict[str, nn.Module],
     parameters: dict[str, nn.Parameter],
     aliases: dict[str, str],
+    owner: dict[str, nn.Module],
     blocks: list[Block],
     in_blocks: set[str],
 ) -> dict[str, tuple[str, ...]]:
-    owner = {alias: modules[alias.rpartition(".")[0]] for alias in aliases if alias.rpartition(".")[0] in modules}
     norms = {aliases[alias] for alias, module in owner.items() if is_norm(module)}
     biases = {canonical for alias, canonical in aliases.items() if _is_bias(alias.rpartition(".")[2])}
     adapters = _adapter_names(modules, aliases)

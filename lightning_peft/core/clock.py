@@ -30,14 +30,20 @@ class OptimizerStepClock:
         self.counts: list[int] = []
         self._before, self._after = before_step, after_step
         self._handles: list[Any] = []
+        self._depth: list[int] = []
 
     def attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Start counting the steps of ``optimizers``; counts already there go on."""
         self.detach()
         self.counts += [0] * (len(optimizers) - len(self.counts))
+        self._depth = [0] * len(optimizers)
         for index, optimizer in enumerate(optimizers):
             self._handles.append(optimizer.register_step_pre_hook(self._pre_hook(index)))
             self._handles.append(optimizer.register_step_post_hook(self._post_hook(index)))
+
+    def settle(self) -> None:
+        """Forget a step that never ended (an exception that the user's code caught); call it between batches."""
+        self._depth = [0] * len(self._depth)
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -49,15 +55,22 @@ class OptimizerStepClock:
         """Largest step count among the given optimizers; 0 if there are none."""
         return max((self.counts[index] for index in optimizer_indices if index < len(self.counts)), default=0)
 
+    # An optimizer whose `step` calls its parent's `step` runs the hooks of both: only the outermost call counts.
+
     def _pre_hook(self, index: int) -> Callable[..., None]:
         def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            if self._before is not None:
+            self._depth[index] += 1
+            if self._depth[index] == 1 and self._before is not None:
                 self._before(index, optimizer)
 
         return hook
 
     def _post_hook(self, index: int) -> Callable[..., None]:
         def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            self._depth[index] -= 1
+            if self._depth[index] > 0:
+                return
+            self._depth[index] = 0
             self.counts[index] += 1
             if self._after is not None:
                 self._after(index, optimizer)

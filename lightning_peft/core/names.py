@@ -31,12 +31,18 @@ def unwrap(module: nn.Module) -> nn.Module:
         module = inner
 
 
-def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield ``(clean path, unwrapped module)`` for each module once, parents first, in registration order."""
+def named_modules(root: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """Yield ``(clean path, unwrapped module)``, parents first, in registration order.
+
+    Args:
+        root: Any module, wrapped or not.
+        remove_duplicate: Yield a module that is registered several times only under its first path. Otherwise each
+            path is yielded, that of a wrapped module once for each wrapper.
+    """
     seen: set[int] = set()
-    for name, module in root.named_modules():
+    for name, module in root.named_modules(remove_duplicate=remove_duplicate):
         inner = unwrap(module)
-        if id(inner) not in seen:
+        if not remove_duplicate or id(inner) not in seen:
             seen.add(id(inner))
             yield clean_name(name), inner
 

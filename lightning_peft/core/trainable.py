@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -221,23 +222,43 @@ def state_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:
 
 
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FINGERPRINT_CHUNK = 1 << 18
+_CHUNK_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)  # odd
 
 
 @torch.no_grad()
 def parameter_fingerprints(parameters: Iterable[torch.Tensor]) -> list[int]:
-    """Return an integer per tensor, the wrapped sum of its bits as integers: any change of one element changes it.
+    """Return an integer per tensor: the sum of its elements' bits, each times an odd random factor of its place.
 
-    One pass over the memory, no copy, one synchronisation for all tensors.
+    A change of one element always changes it. Changes of several cancel by a chance below ``2**-32``, also where all
+    of them have the same size, as in the first step of Adam. One pass over the memory in chunks, one synchronisation
+    for all tensors.
     """
+    factors: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
     sums = []
     for parameter in parameters:
         local = getattr(parameter, "_local_tensor", parameter).detach()
         local = torch.view_as_real(local) if local.is_complex() else local
-        bits = local.contiguous().view(_INTEGER_OF_SIZE[local.element_size()])
-        sums.append(bits.sum(dtype=torch.int64).cpu() if bits.device.type == "cpu" else bits.sum(dtype=torch.int64))
+        bits = local.contiguous().view(_INTEGER_OF_SIZE[local.element_size()]).flatten()
+        dtype = torch.int64 if bits.dtype == torch.int64 else torch.int32
+        factor = factors.get((bits.device, dtype))
+        if factor is None:
+            factor = factors[bits.device, dtype] = _odd_factors(dtype).to(bits.device)
+        total = torch.zeros((), dtype=torch.int64, device=bits.device)
+        for chunk in bits.split(_FINGERPRINT_CHUNK):
+            products = chunk.to(dtype) * factor[: len(chunk)]  # wraps; an odd factor keeps different bits different
+            total = total * _CHUNK_FACTOR + products.sum(dtype=torch.int64)
+        sums.append(total)
     if not sums:
         return []
     return torch.stack([total.to(sums[0].device) for total in sums]).tolist()
+
+
+@functools.cache
+def _odd_factors(dtype: torch.dtype) -> torch.Tensor:
+    limits = torch.iinfo(dtype)
+    generator = torch.Generator().manual_seed(0x5EED)
+    return torch.randint(limits.min, limits.max, (_FINGERPRINT_CHUNK,), dtype=dtype, generator=generator) | 1
 
 
 class FrozenNormStatistics:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_peft.core.blocks import ROLES, Structure
+from lightning_peft.core.blocks import Structure
 from lightning_peft.core.draw import Draw
 from lightning_peft.core.ledger import Ledger
 from lightning_peft.core.plan import Claim
@@ -34,7 +34,8 @@ class MethodCallback(Callback):
 
     Args:
         scope: What the method may choose from, see :mod:`lightning_peft.core.scope`.
-        always: What trains all the time beside it. Parameters that the scope names are never "always".
+        always: What trains all the time beside it. A role here means its tensors outside the blocks; names and
+            patterns reach everywhere. Parameters that the scope names are never "always".
         redraw: When to draw again: an ``int`` counts optimizer steps.
         state: What becomes of the optimizer state of a parameter that freezes: ``"keep"``, ``"drop"``, ``"offload"``.
         seed: Seed of the method's private draws; the same on all ranks.
@@ -149,10 +150,14 @@ class MethodCallback(Callback):
     # ------------------------------------------------------------------ for the engine
 
     @property
+    def scope_names(self) -> frozenset[str]:
+        """All names that the draws choose from."""
+        return frozenset(name for unit in self._units.values() for name in unit)
+
+    @property
     def selectable(self) -> frozenset[str]:
         """All names that may train at some time of the run."""
-        units = (*self._units.values(), *self._always_units.values())
-        return frozenset(name for unit in units for name in unit)
+        return self.scope_names.union(*self._always_units.values())
 
     def bind(self, structure: Structure, user_flags: dict[str, bool]) -> Claim:
         """Resolve the scope on a model.
@@ -176,12 +181,13 @@ class MethodCallback(Callback):
                 "not thaw what you froze; unfreeze them, or name them in scope with a path or pattern."
             )
         self._units = self.make_units(structure, names)
-        present = [entry for entry in self.always if entry not in ROLES or structure.roles[entry]]
-        extra = resolve_scope(present, structure, argument="always")
+        outside = structure.outside_blocks()
+        present = [entry for entry in self.always if outside.roles.get(entry, (entry,))]
+        extra = resolve_scope(present, outside, argument="always")
         taken = set(scope.names)
         self._always_units = {}
         for entry in present:
-            members = resolve_scope(entry, structure, argument="always") if not entry.startswith("!") else None
+            members = None if entry.startswith("!") else resolve_scope(entry, outside, argument="always")
             fresh = tuple(
                 name
                 for name in (members.names if members else ())

@@ -171,45 +171,48 @@ class MovementCheck:
 class GradientWatch:
     """Watch that every unit that was chosen gets a gradient, from each draw's first optimizer step on."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._parameters = parameters
-        self._waiting: dict[str, tuple[str, ...]] = {}
-        self._chosen = 0
-        self._steps = 0
-        self._proven = False
+        self._members = optimizer_members(parameters, optimizers)
+        self._waiting: list[dict[str, tuple[str, ...]]] = [{} for _ in optimizers]
+        self._steps = [0 for _ in optimizers]
+        self._proven = [False for _ in optimizers]
         self._warned: set[str] = set()
 
     def expect(self, units: Mapping[str, tuple[str, ...]]) -> None:
         """Expect a gradient in at least one parameter of each unit from now on."""
-        self._waiting = dict(units)
-        self._chosen, self._steps = len(units), 0
+        for index in range(len(self._waiting)):
+            self._waiting[index] = {
+                unit: names for unit, names in units.items() if any(index in self._members[name] for name in names)
+            }
 
-    def after_step(self) -> None:
-        """Look at the gradients of the units that have not had one yet.
+    def after_step(self, index: int) -> None:
+        """Look at the gradients of this optimizer's units that have not had one yet.
 
         Raises:
             EffectError: If, at the start of the run, none of the chosen units gets a gradient step after step.
         """
-        if not self._waiting:
+        if not self._waiting[index]:
             return
-        self._steps += 1
-        self._waiting = {
+        self._steps[index] += 1
+        starved = {
             unit: names
-            for unit, names in self._waiting.items()
+            for unit, names in self._waiting[index].items()
             if all(self._parameters[name].grad is None for name in names)
         }
-        self._proven = self._proven or len(self._waiting) < self._chosen
-        starved = [unit for unit in self._waiting if unit not in self._warned]
-        if starved:
-            self._warned.update(starved)
+        self._proven[index] |= len(starved) < len(self._waiting[index])
+        self._waiting[index] = starved
+        news = [unit for unit in starved if unit not in self._warned]
+        if news:
+            self._warned.update(news)
             warnings.warn(
-                f"Chosen to train, but without any gradient in this step: {_some(starved)}. "
+                f"Chosen to train, but without any gradient in this step: {_some(news)}. "
                 "A layer that is skipped at random (LayerDrop) may be; otherwise something detaches it from the loss.",
                 stacklevel=2,
             )
-        if not self._proven and self._steps >= _STARVED_STEPS:
+        if not self._proven[index] and self._steps[index] >= _STARVED_STEPS:
             raise EffectError(
-                f"None of the units chosen to train got a gradient in {self._steps} optimizer steps: "
-                f"{_some(self._waiting)}. Something between them and the loss is detached (reentrant activation "
+                f"None of the units chosen to train got a gradient in {self._steps[index]} optimizer steps: "
+                f"{_some(starved)}. Something between them and the loss is detached (reentrant activation "
                 "checkpointing with frozen inputs, torch.no_grad, .detach())."
             )

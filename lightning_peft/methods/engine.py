@@ -147,7 +147,7 @@ class Engine:
         self._planned: frozenset[str] = self._registered
         self._norms = FrozenNormStatistics(self._structure.modules, _names_below(self._structure))
         self._movement = MovementCheck(parameters, self._optimizers)
-        self._gradients = GradientWatch(parameters)
+        self._gradients = GradientWatch(parameters, self._optimizers)
         resume, self._resume = self._resume, None
         if resume is not None:
             self._clock.counts = list(resume["clock"])
@@ -157,7 +157,7 @@ class Engine:
         continues = any(self._clock.counts)
         self._clock.attach(self._optimizers)
         members = optimizer_members(parameters, self._optimizers)
-        self._times = [(m, sorted({i for name in m.selectable for i in members[name]})) for m in self.methods]
+        self._times = [(m, sorted({i for name in m.scope_names for i in members[name]})) for m in self.methods]
         for each, indices in self._times:
             each.begin(self._clock.time(indices), trainer.current_epoch, trainer.global_step, continues)
         self._apply()
@@ -169,6 +169,7 @@ class Engine:
         """Draw again where a new draw is due."""
         if not self._leads(method):
             return
+        self._clock.settle()
         trainer, changed = self._trainer, False
         for each, indices in self._times:
             changed |= each.advance(self._clock.time(indices), trainer.current_epoch, trainer.global_step)
@@ -204,7 +205,7 @@ class Engine:
             self._movement.before_step(index, optimizer)
 
     def _after_step(self, index: int, optimizer: torch.optim.Optimizer) -> None:
-        self._gradients.after_step()
+        self._gradients.after_step(index)
         if self._movement.is_pending:
             self._movement.after_step(index, optimizer, self._planned)
 

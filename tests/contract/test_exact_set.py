@@ -26,14 +26,14 @@ STEPS = 12  # two epochs of 11 micro-batches, accumulated in pairs
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("row", ROWS)
-def test_each_step_moves_exactly_the_plan(
-    row: str, model: str, optimizer: str, filtered: bool, tmp_path: Path
-) -> None:
+def test_each_step_moves_exactly_the_plan(row: str, model: str, optimizer: str, filtered: bool, tmp_path: Path) -> None:
     methods = ROWS[row].make()
     probe = Probe(methods)
     module = TinyModule(model, optimizer, filtered)
     flags = {name: p.requires_grad for name, p in module.named_parameters()}
-    trainer(tmp_path, [*methods, probe], num_sanity_val_steps=1).fit(module, loader(model), loader(model, shuffle=False))
+    trainer(tmp_path, [*methods, probe], num_sanity_val_steps=1).fit(
+        module, loader(model), loader(model, shuffle=False)
+    )
 
     assert len(probe.steps) == STEPS
     ever = set()
@@ -55,7 +55,9 @@ def test_each_step_moves_exactly_the_plan(
 def test_optimizer_state_is_bounded_by_the_plan(row: str, tmp_path: Path) -> None:
     methods = ROWS[row].make()
     probe = Probe(methods)
-    trainer(tmp_path, [*methods, probe]).fit(TinyModule("gqa_decoder"), loader("gqa_decoder"), loader("gqa_decoder", shuffle=False))
+    trainer(tmp_path, [*methods, probe]).fit(
+        TinyModule("gqa_decoder"), loader("gqa_decoder"), loader("gqa_decoder", shuffle=False)
+    )
     for step in probe.steps:
         assert step.state_names == step.planned
 
@@ -64,7 +66,9 @@ def test_optimizer_state_is_bounded_by_the_plan(row: str, tmp_path: Path) -> Non
 def test_kept_state_only_grows(row: str, tmp_path: Path) -> None:
     methods = ROWS[row].make()
     probe = Probe(methods)
-    trainer(tmp_path, [*methods, probe]).fit(TinyModule("gqa_decoder"), loader("gqa_decoder"), loader("gqa_decoder", shuffle=False))
+    trainer(tmp_path, [*methods, probe]).fit(
+        TinyModule("gqa_decoder"), loader("gqa_decoder"), loader("gqa_decoder", shuffle=False)
+    )
     trained: set[str] = set()
     for step in probe.steps:
         trained |= step.planned

@@ -1,4 +1,4 @@
-"""Kill at any moment, resume with ``fit(ckpt_path=...)``: weights, optimizer state and draws equal the uninterrupted run.
+"""Kill at any moment, resume with ``fit(ckpt_path=...)``: weights, optimizer state and draws are the uninterrupted run's.
 
 Checkpoints are written after every micro-batch, so at optimizer steps, in the middle of accumulation windows, in the
 middle and at the end of epochs. The models have dropout.
@@ -82,7 +82,11 @@ def test_resume_from_model_checkpoint_with_validation_inside_epochs(row: str, tm
 
     def checkpoint(directory: str) -> ModelCheckpoint:
         return ModelCheckpoint(
-            tmp_path / directory, "{step}-{val_loss:.6f}", monitor="val_loss", save_top_k=-1, save_on_train_epoch_end=False
+            tmp_path / directory,
+            "{step}-{val_loss:.6f}",
+            monitor="val_loss",
+            save_top_k=-1,
+            save_on_train_epoch_end=False,
         )
 
     expected = fit(tmp_path, "tied_decoder", ROWS[row].make(), checkpoint("a"), **arguments)
@@ -122,4 +126,3 @@ def test_method_may_join_a_run_that_had_none(tmp_path: Path) -> None:
     method = LISA(2, period_steps=3)
     fit(tmp_path, "gqa_decoder", [method], ckpt=saver.paths[-1])
     assert [step for step, _ in method.history] == [6, 9]
-

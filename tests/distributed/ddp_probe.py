@@ -59,9 +59,7 @@ class Quiet(TinyModule):
 
 
 def loader(world_size: int) -> ResumableDataLoader:
-    return ResumableDataLoader(
-        dataset(MODEL, NUM_SAMPLES), batch_size=GLOBAL_BATCH // world_size, shuffle=True, seed=3
-    )
+    return ResumableDataLoader(dataset(MODEL, NUM_SAMPLES), batch_size=GLOBAL_BATCH // world_size, shuffle=True, seed=3)
 
 
 def fit(
@@ -111,7 +109,11 @@ def main(out: Path) -> None:
         out, ROWS["lisa"].make(), devices=2, strategy=DDPStrategy(static_graph=True), accumulate_grad_batches=1
     )
     results["bucket_view"] = fit(
-        out, ROWS["lisa"].make(), devices=2, strategy=DDPStrategy(gradient_as_bucket_view=True), accumulate_grad_batches=2
+        out,
+        ROWS["lisa"].make(),
+        devices=2,
+        strategy=DDPStrategy(gradient_as_bucket_view=True),
+        accumulate_grad_batches=2,
     )
     for row in ("lisa", "lisa_offload", "hft_redraw"):
         directory = out / row
