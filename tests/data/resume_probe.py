@@ -28,11 +28,12 @@ class Recorder(pl.LightningModule):
         self.count_steps = count_steps
         self.seen: list[list[int]] = []
 
-    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        batch = batch["input_ids"] if isinstance(batch, dict) else batch
         self.seen.append(batch.tolist())
         return (self.weight * batch.float().mean()).sum()
 
-    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         pass
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -102,7 +103,8 @@ def fit(
 
     if data is None:
         train = ResumableDataLoader(range(num_samples), batch_size=3, seed=5, num_workers=num_workers, trainer=trainer)
-        trainer.fit(module, train, DataLoader(list(range(4)), batch_size=2), ckpt_path=ckpt_path, weights_only=True)
+        validation = DataLoader(torch.arange(4), batch_size=2)  # pyright: ignore[reportArgumentType]
+        trainer.fit(module, train, validation, ckpt_path=ckpt_path, weights_only=True)
     else:
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return module.seen

@@ -11,11 +11,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from resume_probe import Checkpoints, fit
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from lightning_peft.data.loader import EpochSampler, ResumableDataLoader, epoch_order
 from lightning_peft.errors import ConfigError, ResumeMismatch
+from tests.data.resume_probe import Checkpoints, fit
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
