@@ -78,6 +78,17 @@ class NoTestStack(TinyStack):
     test_step = LightningModule.test_step
 
 
+class NeedyStack(TinyStack):
+    """A stack that must be told something.
+
+    Args:
+        num_classes: No default.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+
+
 class TinyPoints(LightningDataModule):
     """Random points; the training order is drawn from the global generator.
 
@@ -305,6 +316,21 @@ def test_mistake_in_a_file(base: Path, capsys: pytest.CaptureFixture[str], text:
         assert part in message
 
 
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_what_is_right_is_not_called_a_mistake(config: Path, capsys: pytest.CaptureFixture[str], base: Path) -> None:
+    method_and_table = ["--trainer.callbacks+=LISA", "--trainer.callbacks.num_layers=1", "--trainer.callbacks+=Timer"]
+    model = ["--model", "TinyStack", "--model.width", "4", "--optimizer", "SGD", "--optimizer.lr=1e-2"]
+    message = mistakes(
+        capsys, "fit", "--config", str(config), *model, *method_and_table, "--trainer.limit_val_batches", "0.5",
+        "--trainer.logger", "false", "--trainer.max_stepz=1",
+    )  # fmt: skip
+    assert message.count("error:") == 1
+    assert "max_stepz" in message
+
+
 def test_all_mistakes_are_reported_together(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("bad.yaml").write_text("trainer:\n  max_stepz: 3\nmodel:\n  class_path: TinyStac\n")
     message = mistakes(capsys, "fit", "--config", "base.yaml", "--config", "bad.yaml", "--trainer.devicez=2")
@@ -312,7 +338,18 @@ def test_all_mistakes_are_reported_together(base: Path, capsys: pytest.CaptureFi
 
 
 def test_missing_model_is_named(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "model" in mistakes(capsys, "fit", "--trainer.max_steps=1")
+    assert "--model is missing" in mistakes(capsys, "fit", "--trainer.max_steps=1")
+
+
+def test_missing_argument_is_named(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "num_classes" in mistakes(capsys, "fit", "--model", "NeedyStack", "--data", "TinyPoints")
+
+
+def test_mistyped_strategy_is_short(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "base.yaml", "--trainer.strategy=dpd"]) == 1
+    error = capsys.readouterr().err
+    assert "'ddp'" in error.splitlines()[-1]
+    assert "Traceback" not in error
 
 
 def test_package_error_is_short_unless_debugging(
@@ -403,10 +440,13 @@ def test_fit_resumes_from_its_checkpoint(fit_cli: list[PeftCLI], base: Path) -> 
 
 
 def test_before_after_table_has_only_shared_metrics() -> None:
-    text = render(before_after_table({"a": 0.25, "gone": 1.0}, {"a": 0.5, "new": 2.0}))
+    text = render(
+        before_after_table({"a": 0.25, "test/num_x": 5.0, "gone": 1.0}, {"a": 0.5, "test/num_x": 5.0, "new": 2.0})
+    )
     assert "0.2500" in text
     assert "+0.2500" in text
     assert "gone" not in text
+    assert "num_x" not in text
     assert "new" not in text
 
 

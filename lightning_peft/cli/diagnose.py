@@ -31,6 +31,7 @@ _MAX_LINES = 6
 _MAX_WIDTH = 200
 _SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")
 _CONTAINERS = (list, tuple, set, dict, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Mapping)
+_NOT_IN_FILES = ("config", "print_config")  # options of the command line itself
 _NO_VALUE = "null"
 
 
@@ -57,7 +58,8 @@ def diagnose(parser: argparse.ArgumentParser, args: list[str], message: str) -> 
     """
     walk = _Walk()
     with contextlib.suppress(Exception):  # the walk explains an error; it must never hide it behind another
-        walk.command_line(_options(_command_parser(parser, args[0])), args[1:])
+        options = _options(_command_parser(parser, args[0]))
+        walk.command_line({name: hint for name, hint in options.items() if name not in _NOT_IN_FILES}, args[1:])
     return list(dict.fromkeys(walk.mistakes)) or [_shorten(message)]
 
 
@@ -75,7 +77,7 @@ def _options(parser: argparse.ArgumentParser) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for action in parser._actions:
         name = next((o[2:] for o in action.option_strings if o.startswith("--")), "")
-        if name and name not in ("help", "config", "print_config") and not name.endswith(".help"):
+        if name and name != "help" and not name.endswith(".help"):
             found[name] = getattr(action, "_typehint", None) or action.type
     return found
 
@@ -143,7 +145,7 @@ class _Walk:
                     value = _NO_VALUE
             if name == "config":
                 self._file(options, value)
-            elif name not in ("help", "print_config", "-h") and not name.endswith(".help"):
+            elif name not in ("-h", "help", *_NOT_IN_FILES) and not name.endswith(".help"):
                 self._dotted(options, "", name, value, f"--{name}")
 
     def _file(self, options: dict[str, Any], name: str) -> None:
@@ -383,6 +385,10 @@ def _no_such_file(path: Path) -> str:
 
 
 def _shorten(message: str) -> str:
+    _, required, names = message.partition("arguments are required: ")
+    if required:
+        options = " and ".join(f"--{name.partition('.')[2] or name}" for name in names.strip().split(", "))
+        return f"{options} is missing.\n  Give it on the command line, or in a configuration file with --config."
     lines = [line.rstrip() for line in message.strip().splitlines() if line.strip()]
     lines = [line if len(line) <= _MAX_WIDTH else f"{line[:_MAX_WIDTH]}..." for line in lines]
     return "\n".join(lines[:_MAX_LINES] + (["  ..."] if len(lines) > _MAX_LINES else []))

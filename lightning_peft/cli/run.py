@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -20,7 +23,7 @@ from rich.table import Table
 
 import lightning_peft
 from lightning_peft.cli.diagnose import UsageError, diagnose
-from lightning_peft.errors import ConfigError, LightningPeftError
+from lightning_peft.errors import ConfigError, LightningPeftError, suggest
 from lightning_peft.methods.base import MethodCallback
 from lightning_peft.report.console import show
 
@@ -39,7 +42,11 @@ def run(args: Sequence[str], debug: bool = False) -> int:
     Returns:
         The exit code: 0 done, 1 the run failed, 2 the configuration is wrong.
     """
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # about Lightning's calls, not the user's
+    # Both are about Lightning's own calls, not the user's.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    warnings.filterwarnings(
+        "ignore", message=r".isinstance\(treespec, LeafSpec\). is deprecated", category=FutureWarning
+    )
     for name in lightning_peft._PUBLIC:
         getattr(lightning_peft, name)  # jsonargparse finds short names among the classes that are imported
     if os.getcwd() not in sys.path and "" not in sys.path:
@@ -124,7 +131,18 @@ class PeftCLI(LightningCLI):
             callbacks = self._get(self.config_init, "trainer").get("callbacks") or []
             callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
             kwargs["callbacks"] = [method, *callbacks]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, MisconfigurationException) as error:
+            hints = []
+            for option, names in (
+                ("strategy", StrategyRegistry.available_strategies()),
+                ("accelerator", AcceleratorRegistry.available_accelerators()),
+            ):
+                value = self._get(self.config_init, "trainer").get(option)
+                if isinstance(value, str) and value not in {"auto", *names}:
+                    hints.append(f"\n  {option}: {suggest(value, ['auto', *names])}")
+            raise ConfigError(f"the Trainer refuses this: {error}{''.join(hints)}") from error
 
     def before_fit(self) -> None:
         """Test the model as it is, without a trace in the training that follows."""
@@ -179,7 +197,7 @@ def _own_error(error: BaseException | None) -> BaseException | None:
 
 
 def before_after_table(before: dict[str, float], after: dict[str, float]) -> Table:
-    """Return a table of the metrics that both evaluations have.
+    """Return a table of the metrics that both evaluations have; counts (``num_...``) are left out.
 
     Args:
         before: Metric name -> value before training.
@@ -190,7 +208,7 @@ def before_after_table(before: dict[str, float], after: dict[str, float]) -> Tab
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right")
     for name in before:
-        if name in after:
+        if name in after and not name.rpartition("/")[2].startswith("num_"):
             change = after[name] - before[name]
             table.add_row(name, f"{before[name]:.4f}", f"{after[name]:.4f}", f"{change:+.4f}")
     return table

@@ -160,8 +160,9 @@ class TrainingLedger(Callback):
     """Writes which layers trained when as a picture and as tables, when the fit ends.
 
     Costs nothing during training. Into the logger's folder go ``<filename>.png``, ``<filename>.csv`` (one line per
-    unbroken stretch: method, unit, first step, step after the last) and ``<filename>.json`` (each method's settings and
-    the parameters of its units). A run without any method is drawn from what has ``requires_grad`` at its start.
+    unbroken stretch: method, unit, first step, step after the last) and ``<filename>.json`` (each method's description,
+    the parameters of its units, and every draw). A run without any method is drawn from what has ``requires_grad`` at
+    its start.
 
     Args:
         dirpath: Folder to write to. Default: the logger's folder, or the Trainer's ``default_root_dir``.
@@ -236,13 +237,14 @@ class TrainingLedger(Callback):
             return []  # training did not start
         step, units, active = self._without_method
         label = "no method" if len(active) < len(units) else "full fine-tuning"
-        return [{"method": label, "settings": {}, "units": _in_model_order(units, order), "rows": ((step, active),)}]
+        units = _in_model_order(units, order)
+        return [{"method": label, "description": {}, "units": units, "rows": ((step, active),)}]
 
 
 def _record(method: MethodCallback, order: dict[str, int]) -> dict[str, Any]:
     return {
         "method": type(method).__name__,
-        "settings": method.describe(),
+        "description": method.describe(),
         "units": _in_model_order(method.ledger.units, order),
         "rows": tuple(dict(method.ledger.rows()).items()),
     }
@@ -264,11 +266,11 @@ def _edges(tracks: Sequence[LedgerTrack], start: int, end: int) -> tuple[np.ndar
 
 
 def _common_prefix(names: Sequence[str]) -> str:
-    """Return the dotted path that all ``names`` start with, up to and with a dot."""
-    parts = [name.split(".")[:-1] for name in names]
+    """Return the dotted path that all ``names`` with a dot start with, up to and with a dot."""
+    parts = [name.split(".")[:-1] for name in names if "." in name]
     common: list[str] = []
     for column in zip(*parts, strict=False):
         if len(set(column)) > 1:
             break
         common.append(column[0])
-    return ".".join(common) + "." if common and len(names) > 1 else ""
+    return ".".join(common) + "." if common and len(parts) > 1 else ""

@@ -104,6 +104,14 @@ def test_figure_shows_every_unit_and_the_whole_run(num_units: int, num_draws: in
     assert abs(top - bottom) >= size
 
 
+def test_labels_leave_out_the_common_path() -> None:
+    pytest.importorskip("matplotlib")
+    units = ("embeddings", "net.layer.0", "net.layer.1")
+    panel = ledger_figure([LedgerTrack("LISA", units, ((0, frozenset(units)),), 5)]).axes[0]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["embeddings", "0", "1"]
+    assert panel.get_ylabel() == "net.layer.*"
+
+
 def test_two_methods_share_the_panel() -> None:
     pytest.importorskip("matplotlib")
     other = LedgerTrack("HFT", ("model.layers.0.mlp", "model.layers.1.mlp"), ((0, frozenset()),), 8)
