@@ -23,6 +23,12 @@ def main():
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=1024, help="tokens per example")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="of the weights: bfloat16 halves the memory and rounds small updates away",
+    )
     parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument(
         "--num-layers", type=int, default=2, help="blocks that train at a time: more learn and cost more"
@@ -34,7 +40,7 @@ def main():
     on_gpu = torch.cuda.is_available()
     module = CausalLM(
         args.model,
-        dtype="bfloat16" if on_gpu else "float32",
+        dtype=args.dtype,
         gradient_checkpointing=on_gpu,
         optimizer=partial(torch.optim.AdamW, lr=args.lr),
         lr_scheduler=partial(WarmupSchedule, decay="cosine", warmup_fraction=0.05),
@@ -43,7 +49,7 @@ def main():
     trainer = pl.Trainer(
         max_epochs=args.epochs,
         devices=1,
-        precision="bf16-true" if on_gpu else "32-true",
+        precision="bf16-true" if args.dtype == "bfloat16" else "bf16-mixed" if on_gpu else "32-true",
         gradient_clip_val=1.0,
         log_every_n_steps=10,
         logger=False,
