@@ -14,6 +14,7 @@ import contextlib
 import enum
 import importlib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -385,10 +386,12 @@ def _no_such_file(path: Path) -> str:
 
 
 def _shorten(message: str) -> str:
-    _, required, names = message.partition("arguments are required: ")
+    required = re.search(r"arguments are required: ([^\n]+)", message)
     if required:
-        options = " and ".join(f"--{name.partition('.')[2] or name}" for name in names.strip().split(", "))
-        return f"{options} is missing.\n  Give it on the command line, or in a configuration file with --config."
+        inside = re.search(r'Parser key "([\w.]+)"', message)
+        names = [f"{inside[1]}.{n}" if inside else n.partition(".")[2] or n for n in required[1].strip().split(", ")]
+        options = " and ".join(f"--{name}" for name in names)
+        return f"{options} must be given.\n  Set it on the command line, or in a configuration file with --config."
     lines = [line.rstrip() for line in message.strip().splitlines() if line.strip()]
     lines = [line if len(line) <= _MAX_WIDTH else f"{line[:_MAX_WIDTH]}..." for line in lines]
     return "\n".join(lines[:_MAX_LINES] + (["  ..."] if len(lines) > _MAX_LINES else []))

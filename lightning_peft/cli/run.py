@@ -168,6 +168,9 @@ class PeftCLI(LightningCLI):
 
     @rank_zero_only
     def _report_change(self, before: dict[str, float], after: dict[str, float], log_dir: str | None) -> None:
+        if not before:
+            show(f"Nothing to compare before and after training: {type(self.model).__name__}.test_step logs no metric.")
+            return
         show(before_after_table(before, after))
         values = {
             name: {"before": before[name], "after": after[name], "change": after[name] - before[name]}
