@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 
-from lightning_peft import SequenceClassification
+from lightning_peft import LISA, SequenceClassification
 from lightning_peft.errors import ConfigError
 from tests.models.tiny_models import ADAM, BERT, LLAMA, loader, padded
 
@@ -100,3 +100,13 @@ def test_decoder_without_pad_token_gets_the_tokenizers(llama_folder) -> None:
 def test_only_the_head_starts_at_random(bert_folder) -> None:
     first, second = (SequenceClassification(bert_folder, num_labels=3).state_dict() for _ in range(2))
     assert {n for n in first if not torch.equal(first[n], second[n])} == {"model.classifier.weight"}
+
+
+def test_method_on_a_model_that_waited_for_its_number_of_labels(bert_folder, trainer) -> None:
+    module = SequenceClassification(bert_folder, optimizer=ADAM)
+    method = LISA(num_layers=1, period_steps=2)
+    trainer(max_steps=6, callbacks=[method]).fit(module, datamodule=Data())
+    assert method.draw_index == 2
+    blocks = {name.split(".")[4] for name in method.trainable_names if ".layer." in name}
+    assert len(blocks) == 1
+    assert "model.classifier.weight" in method.trainable_names
