@@ -236,7 +236,7 @@ def test_flags_alone() -> None:
 
 def test_unknown_state_policy_names_the_nearest() -> None:
     assert check_state_policy("offload") == "offload"
-    with pytest.raises(ConfigError, match="'ofload'.*'offload'"):
+    with pytest.raises(ConfigError, match=r"'ofload'.*'offload'"):
         check_state_policy("ofload")  # pyright: ignore[reportArgumentType]
 
 
