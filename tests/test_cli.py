@@ -193,6 +193,18 @@ def test_overlays_compose(base: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert config["seed_everything"] == 42
 
 
+def test_replacing_callbacks_is_not_silent(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.yaml").write_text("trainer:\n  callbacks:\n    - TrainableTable\n")
+    args = ["fit", "--config", "base.yaml", "--config", "mine.yaml", "--config=lisa.yaml", "--trainer.logger=false"]
+    Path("one_step.yaml").write_text("trainer: {max_steps: 1, enable_checkpointing: false}\n")
+    assert main([*args, "-c", "one_step.yaml"]) == 0
+    assert "note:" not in capsys.readouterr().err
+    assert main([*args, "-c", "one_step.yaml", "-c", "mine.yaml"]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
+    assert len(notes) == 1
+    assert "mine.yaml replaces that of lisa.yaml" in notes[0]
+
+
 def test_print_config_round_trips(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overlays = ["--config", "base.yaml", "--config", "lisa.yaml", "--config", "table.yaml", "--method", "LISA"]
     first = printed_config(capsys, "fit", *overlays)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
@@ -111,8 +112,10 @@ class PeftCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse ``args``, whatever ``sys.argv`` holds."""
+        """Parse ``args``, whatever ``sys.argv`` holds, and say which callbacks one file takes from another."""
         self.config = parser.parse_args(args)
+        for note in _replaced_callbacks(args):
+            rank_zero_only(print)(f"note: {note}", file=sys.stderr)
 
     def instantiate_classes(self) -> None:
         """Build model, data and Trainer; a constructor's own error comes out of the parser's wrapping."""
@@ -190,6 +193,25 @@ class PeftCLI(LightningCLI):
             path = getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", "")
             if path:
                 show(f"Checkpoint: {path}")
+
+
+def _replaced_callbacks(args: Sequence[str]) -> list[str]:
+    """Name the configuration files whose list of callbacks replaces that of an earlier file."""
+    notes: list[str] = []
+    earlier = ""
+    for option, value in zip(args, [*args[1:], ""], strict=True):
+        name, equals, attached = option.partition("=")
+        path = Path(attached if equals else value)
+        if name not in ("-c", "--config") or not path.is_file():
+            continue
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        trainer = content.get("trainer") if isinstance(content, dict) else None
+        keys = trainer.keys() if isinstance(trainer, dict) else ()
+        if "callbacks" in keys and earlier:
+            notes.append(f"trainer.callbacks of {path} replaces that of {earlier}. To add to it, write 'callbacks+:'.")
+        if "callbacks" in keys or "callbacks+" in keys:
+            earlier = str(path)
+    return notes
 
 
 def _own_error(error: BaseException | None) -> BaseException | None:
