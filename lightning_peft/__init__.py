@@ -15,6 +15,11 @@ _PUBLIC: dict[str, str] = {
     # layers
     "LISA": "lightning_peft.methods.layers.lisa",
     "HFT": "lightning_peft.methods.layers.hft",
+    "Telly": "lightning_peft.methods.layers.telly",
+    "BitFit": "lightning_peft.methods.layers.bitfit",
+    "EmbeddingsAndHead": "lightning_peft.methods.layers.embeddings_and_head",
+    "LastLayer": "lightning_peft.methods.layers.last_layer",
+    "RandomTuning": "lightning_peft.methods.layers.random_tuning",
     # reports
     "TrainableTable": "lightning_peft.report.table",
     "TrainingLedger": "lightning_peft.report.ledger_plot",
@@ -43,8 +48,13 @@ if TYPE_CHECKING:
     from lightning_peft.data.prompt_response import PromptResponse
     from lightning_peft.data.text_files import TextFiles
     from lightning_peft.data.text_pairs import TextPairs
+    from lightning_peft.methods.layers.bitfit import BitFit
+    from lightning_peft.methods.layers.embeddings_and_head import EmbeddingsAndHead
     from lightning_peft.methods.layers.hft import HFT
+    from lightning_peft.methods.layers.last_layer import LastLayer
     from lightning_peft.methods.layers.lisa import LISA
+    from lightning_peft.methods.layers.random_tuning import RandomTuning
+    from lightning_peft.methods.layers.telly import Telly
     from lightning_peft.models.causal_lm import CausalLM
     from lightning_peft.models.optimizer import WarmupSchedule
     from lightning_peft.models.sequence_classification import SequenceClassification

@@ -167,7 +167,7 @@ class MethodCallback(Callback):
             user_flags: ``requires_grad`` of each parameter as the user left it.
 
         Returns:
-            What this method claims.
+            What this method claims: all it may ever train.
 
         Raises:
             ScopeError: If nothing is left to choose from.
@@ -200,7 +200,7 @@ class MethodCallback(Callback):
         if list(ledger.units) == list(self._ledger.units):
             ledger.load_state_dict(self._ledger.state_dict())
         self._ledger = ledger
-        return Claim(self.label, self.selectable)
+        return Claim(self.label, self.before_wrap())
 
     def before_wrap(self) -> frozenset[str]:
         """Names that must be trainable when the optimizer is built and the model is wrapped.

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_peft import HFT, LISA
+from lightning_peft import HFT, LISA, EmbeddingsAndHead, LastLayer, RandomTuning, Telly
 from lightning_peft.data.loader import ResumableDataLoader
 from lightning_peft.methods.base import MethodCallback
 
@@ -154,7 +154,7 @@ class Row:
         make: Builds its callbacks, with periods short enough for a run of a dozen steps.
         make_full: Builds them so that everything trains all the time: must equal full fine-tuning. None if the
             method cannot.
-        draws: Draws expected in a run of ``steps`` optimizer steps.
+        draws: Draws that the method (of several, the busiest) makes in a run of ``steps`` optimizer steps.
     """
 
     make: Callable[[], list[MethodCallback]]
@@ -170,6 +170,18 @@ ROWS: dict[str, Row] = {
     "hft": Row(lambda: [HFT()], lambda: [HFT(fraction=1.0)], lambda s: 1),
     "hft_redraw": Row(lambda: [HFT(redraw=4)], lambda: [HFT(fraction=1.0, redraw=4)], lambda s: -(-s // 4)),
     "hft_layer": Row(lambda: [HFT(granularity="layer", redraw=3, state="keep")], None, lambda s: -(-s // 3)),
+    "telly": Row(lambda: [Telly(2)], lambda: [Telly(-1)], lambda s: 1),
+    "embeddings_and_head": Row(lambda: [EmbeddingsAndHead()], None, lambda s: 1),
+    "last_layer": Row(lambda: [LastLayer(always=("head",))], None, lambda s: 1),
+    "random_tuning": Row(lambda: [RandomTuning(0.3)], lambda: [RandomTuning(1.0)], lambda s: 1),
+    "random_tuning_redraw": Row(
+        lambda: [RandomTuning(0.3, redraw=2)], lambda: [RandomTuning(1.0, redraw=2)], lambda s: -(-s // 2)
+    ),
+    "two_methods": Row(
+        lambda: [LISA(1, period_steps=2, scope="*.[01].*", always=()), RandomTuning(0.4, scope=["head", "norms", "!*.[01].*"])],
+        None,
+        lambda s: -(-s // 2),
+    ),
     "hft_model": Row(lambda: [HFT(granularity="model", redraw=3)], None, lambda s: -(-s // 3)),
 }
 

@@ -46,8 +46,8 @@ def test_each_step_moves_exactly_the_plan(row: str, model: str, optimizer: str, 
     assert 0 < len(probe.steps[0].planned) < len(flags)
     for method in methods:
         assert method.draw_index == len(method.history) - 1
-        assert len(method.history) == ROWS[row].draws(STEPS)
-        assert frozenset().union(*(n for _, n in method.history)) == ever
+    assert max(len(method.history) for method in methods) == ROWS[row].draws(STEPS)
+    assert frozenset().union(*(names for method in methods for _, names in method.history)) == ever
     assert {name: p.requires_grad for name, p in module.named_parameters()} == flags
 
 
@@ -141,6 +141,6 @@ def test_fit_goes_on_when_the_trainer_is_given_more_epochs(row: str, tmp_path: P
     assert len(probe.steps) == STEPS
     for method, history in zip(methods, first, strict=True):
         assert method.history[: len(history)] == history
-        assert len(method.history) == ROWS[row].draws(STEPS)
+    assert max(len(method.history) for method in methods) == ROWS[row].draws(STEPS)
     for step in probe.steps:
         assert step.planned == step.requires_grad == step.moved
