@@ -99,8 +99,9 @@ def _match(entry: str, structure: Structure) -> list[str]:
             raise ScopeError(f"{entry!r} is not a valid regular expression: {error}.") from None
         hits = [alias for alias in aliases if pattern.fullmatch(alias)]
     elif entry.startswith("class:"):
-        paths = [path for path, module in structure.modules.items() if type(module).__name__ == entry[6:]]
-        hits = [alias for alias in aliases if any(alias.startswith(f"{path}.") for path in paths)]
+        owners = [path for path, module in structure.modules.items() if type(module).__name__ == entry[6:]]
+        prefixes = tuple(f"{path}." if path else "" for path in owners)
+        hits = [alias for alias in aliases if alias.startswith(prefixes)]
     elif any(character in entry for character in "*?["):
         hits = [alias for alias in aliases if fnmatch.fnmatchcase(alias, entry)]
         hits = hits or [alias for alias in aliases if fnmatch.fnmatchcase(alias, f"{entry}.*")]
