@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lightning_peft.cli import main
-from lightning_peft.cli.methods import method_classes
+from lightning_peft.cli.methods import method_card, method_classes
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -109,9 +109,15 @@ def test_ready_modules_run(tmp_path: Path) -> None:
     assert "max_steps=10` reached" in run_snippet(code, tmp_path)
 
 
-def test_every_method_is_in_the_table() -> None:
-    for name in method_classes():
-        assert f"| `{name}` |" in README
+def test_methods_in_the_table_are_real_and_cite_their_paper() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \|.*\[arXiv:([\d.]+)\]\(https://arxiv.org/abs/([\d.]+)\) \|$", README, flags=re.MULTILINE
+    )
+    assert len(rows) == README.count("\n| `")
+    assert {"LISA", "HFT"} <= {name for name, *_ in rows}
+    for name, number, link in rows:
+        assert number == link
+        assert f"arXiv:{number}" in method_card(name, method_classes()[name]).sections["Paper"]
 
 
 def test_local_links_exist() -> None:
