@@ -15,6 +15,7 @@ _PUBLIC: dict[str, str] = {
     # layers
     "LISA": "lightning_peft.methods.layers.lisa",
     "HFT": "lightning_peft.methods.layers.hft",
+    "IST": "lightning_peft.methods.layers.ist",
     "Telly": "lightning_peft.methods.layers.telly",
     "BitFit": "lightning_peft.methods.layers.bitfit",
     "EmbeddingsAndHead": "lightning_peft.methods.layers.embeddings_and_head",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from lightning_peft.methods.layers.bitfit import BitFit
     from lightning_peft.methods.layers.embeddings_and_head import EmbeddingsAndHead
     from lightning_peft.methods.layers.hft import HFT
+    from lightning_peft.methods.layers.ist import IST
     from lightning_peft.methods.layers.last_layer import LastLayer
     from lightning_peft.methods.layers.lisa import LISA
     from lightning_peft.methods.layers.random_tuning import RandomTuning

@@ -22,8 +22,9 @@ from lightning_peft.core.scope import resolve_scope
 from lightning_peft.core.trainable import StatePolicy, check_state_policy
 from lightning_peft.errors import ConfigError, ScopeError, suggest
 from lightning_peft.methods.engine import Engine
+from lightning_peft.methods.moment import Moment
 
-__all__ = ["MethodCallback", "Redraw"]
+__all__ = ["MethodCallback", "Redraw", "units_by_block"]
 
 Redraw = int | Literal["never", "epoch"]
 """When a method draws again: after so many optimizer steps, at each epoch, or never."""
@@ -83,6 +84,12 @@ class MethodCallback(Callback):
     def select(self, draw: Draw) -> Iterable[str]:
         """Return the names of the units that train from this draw on: a pure function of the draw and saved state."""
         raise NotImplementedError
+
+    def observe(self, moment: Moment) -> None:
+        """Look at the run before each optimizer step, ahead of a draw: scores, phases. Must leave no trace.
+
+        Called once per optimizer step, at the first micro-batch, on every rank, from the first batch on.
+        """
 
     def method_state(self) -> dict[str, Any]:
         """State of the method beyond draws and ledger (scores, phases), for the checkpoint."""
@@ -299,7 +306,7 @@ class MethodCallback(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        Engine.of(trainer).batch_start(self)
+        Engine.of(trainer).batch_start(self, batch, batch_idx)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

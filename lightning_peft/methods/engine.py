@@ -51,6 +51,7 @@ from lightning_peft.methods.checks import (
     check_flags,
     check_optimizers,
 )
+from lightning_peft.methods.moment import Moment
 from lightning_peft.strategies.guards import StrategyGuard, all_ranks_agree, guard_for
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ class Engine:
         elif trainer.global_step == 0:
             self._clock.counts = []
         continues = any(self._clock.counts)
+        self._observed: list[int] | None = None if resume is None else resume["observed"]
         self._clock.attach(self._optimizers)
         members = optimizer_members(parameters, self._optimizers)
         self._times = [(m, sorted({i for name in m.scope_names for i in members[name]})) for m in self.methods]
@@ -165,14 +167,19 @@ class Engine:
         if resume is not None:
             self._restore_process(resume)
 
-    def batch_start(self, method: MethodCallback) -> None:
-        """Draw again where a new draw is due."""
+    def batch_start(self, method: MethodCallback, batch: Any, batch_idx: int) -> None:
+        """Let the methods look at the run, and draw again where a new draw is due."""
         if not self._leads(method):
             return
         self._clock.settle()
         trainer, changed = self._trainer, False
+        new_step = self._clock.counts != self._observed
         for each, indices in self._times:
-            changed |= each.advance(self._clock.time(indices), trainer.current_epoch, trainer.global_step)
+            step = self._clock.time(indices)
+            if new_step:
+                each.observe(Moment(trainer, trainer.lightning_module, batch, batch_idx, step, trainer.current_epoch))
+            changed |= each.advance(step, trainer.current_epoch, trainer.global_step)
+        self._observed = list(self._clock.counts)
         if changed:
             self._apply()
         self._norms.hold()
@@ -231,6 +238,7 @@ class Engine:
             "version": 1,
             "methods": [{"method": each.label, "settings": each.settings()} for each in self.methods],
             "clock": list(self._clock.counts),
+            "observed": self._observed,
             "offloaded": self._offloaded.state_dict(),
             "rng": _gather(get_rng_state()),
             "partial_gradients": _gather(self._partial_gradients()),

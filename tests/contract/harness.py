@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_peft import HFT, LISA, EmbeddingsAndHead, LastLayer, RandomTuning, Telly
+from lightning_peft import HFT, IST, LISA, EmbeddingsAndHead, LastLayer, RandomTuning, Telly
 from lightning_peft.data.loader import ResumableDataLoader
 from lightning_peft.methods.base import MethodCallback
 
@@ -170,6 +170,12 @@ ROWS: dict[str, Row] = {
     "hft": Row(lambda: [HFT()], lambda: [HFT(fraction=1.0)], lambda s: 1),
     "hft_redraw": Row(lambda: [HFT(redraw=4)], lambda: [HFT(fraction=1.0, redraw=4)], lambda s: -(-s // 4)),
     "hft_layer": Row(lambda: [HFT(granularity="layer", redraw=3, state="keep")], None, lambda s: -(-s // 3)),
+    "ist": Row(lambda: [IST(0.5, score_period_steps=2, scope="blocks")], None, lambda s: s),
+    "ist_slow": Row(
+        lambda: [IST(0.25, 3, score_period_steps=2, scope="blocks", always=("embeddings", "head", "norms"))],
+        lambda: [IST(1.0, score_period_steps=2, scope="blocks", always=("embeddings", "head", "norms"))],
+        lambda s: -(-s // 3),
+    ),
     "telly": Row(lambda: [Telly(2)], lambda: [Telly(-1)], lambda s: 1),
     "embeddings_and_head": Row(lambda: [EmbeddingsAndHead()], None, lambda s: 1),
     "last_layer": Row(lambda: [LastLayer(always=("head",))], None, lambda s: 1),
