@@ -412,6 +412,13 @@ def test_fit_writes_what_it_promises(fit_cli: list[PeftCLI], base: Path, capsys:
     assert fit_cli[0].trainer.global_step == 6
 
 
+def test_without_a_log_no_configuration_is_written(base: Path) -> None:
+    Path("config.yaml").write_text("mine")
+    args = ["fit", "--config", "base.yaml", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
+    assert main([*args, "--trainer.max_steps=1"]) == 0
+    assert Path("config.yaml").read_text() == "mine"
+
+
 def test_method_comes_first(fit_cli: list[PeftCLI]) -> None:
     args = ["fit", "--config", "base.yaml", "--config", "table.yaml", "--method", "LISA", "--method.num_layers=1"]
     assert main([*args, "--trainer.max_steps=1", "--trainer.logger=false"]) == 0

@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -78,6 +78,15 @@ class PeftArgumentParser(LightningArgumentParser):
         raise UsageError(message, getattr(ex, "subcommand_parser", None) or self) from ex
 
 
+class SaveConfigBesideLog(SaveConfigCallback):
+    """Saves the configuration into the logger's folder; without a logger it would land in the working directory."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save once, if there is a log."""
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
 class PeftCLI(LightningCLI):
     """Lightning's command line with ``--method``, ``--evaluate_before_after`` and a closing summary.
 
@@ -88,6 +97,7 @@ class PeftCLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         self._before: dict[str, float] | None = None
         super().__init__(
+            save_config_callback=SaveConfigBesideLog,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=_SEED,
             parser_class=PeftArgumentParser,
