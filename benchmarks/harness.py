@@ -339,9 +339,12 @@ def lock_step(
 
 
 def quiet_lightning() -> None:
-    """Leave out what Lightning says at each start of a Trainer; warnings still come through."""
+    """Leave out what Lightning says at each start of a Trainer and the progress bars of loading; warnings stay."""
+    import transformers
+
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
 
 
 def share_one_heap() -> bool:
