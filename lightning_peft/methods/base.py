@@ -91,6 +91,12 @@ class MethodCallback(Callback):
         Called once per optimizer step, at the first micro-batch, on every rank, from the first batch on.
         """
 
+    def prepare_optimizers(self, trainer: Trainer) -> None:
+        """Look at or regroup the optimizers, which exist since a moment; before any state is restored."""
+
+    def switched(self, trainer: Trainer) -> None:
+        """Called when the plan of this draw is in force: at the start, after a resume, and after each new draw."""
+
     def method_state(self) -> dict[str, Any]:
         """State of the method beyond draws and ledger (scores, phases), for the checkpoint."""
         return {}

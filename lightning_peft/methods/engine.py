@@ -133,6 +133,8 @@ class Engine:
     def _after_wrap(self) -> None:
         assert self._structure is not None
         check_optimizers(self._structure.parameters, self._registered, self._trainer.strategy.optimizers)
+        for method in self.methods:
+            method.prepare_optimizers(self._trainer)
 
     # ------------------------------------------------------------------ training
 
@@ -205,6 +207,8 @@ class Engine:
         if switch:
             self._guard.after_switch()
         self._norms.apply(planned)
+        for method in self.methods:
+            method.switched(self._trainer)
         self._gradients.expect({unit: names for m in self.methods for unit, names in m.active_units().items()})
 
     def _before_step(self, index: int, optimizer: torch.optim.Optimizer) -> None:

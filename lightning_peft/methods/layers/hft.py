@@ -85,7 +85,7 @@ class HFT(MethodCallback):
         seed: Seed of the draw, the same on all ranks. For the next stage in a new run (SFT, then DPO) take another.
 
     Raises:
-        ConfigError: If an argument is out of range.
+        ConfigError: If an argument is out of range, or the fraction is so small that nothing would train.
 
     Example:
         >>> from lightning_peft import HFT
@@ -112,11 +112,11 @@ class HFT(MethodCallback):
         seed: int = 0,
     ) -> None:
         super().__init__(scope=scope, always=always, redraw=redraw, state=state, seed=seed)
-        if not 0 < fraction <= 1:
+        if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
             raise ConfigError(f"HFT(fraction={fraction!r}): the fraction that trains must be in (0, 1].")
         if granularity not in get_args(Granularity):
             raise ConfigError(
-                f"HFT(granularity={granularity!r}) is no granularity. {suggest(granularity, get_args(Granularity))}"
+                f"HFT(granularity={granularity!r}) is no granularity. {suggest(str(granularity), get_args(Granularity))}"
             )
         self.fraction = float(fraction)
         self.granularity: Granularity = granularity
@@ -145,12 +145,24 @@ class HFT(MethodCallback):
         return units
 
     def select(self, draw: Draw) -> list[str]:
-        """Draw the half that trains in this stage."""
-        return [
+        """Draw the half that trains in this stage.
+
+        Raises:
+            ConfigError: If the fraction of every category rounds to nothing.
+        """
+        chosen = [
             unit
             for category, groups in self._groups.items()
             for unit in sample_half(groups, self.fraction, draw.generator(category))
         ]
+        if not chosen:
+            sizes = {category: sum(map(len, groups)) for category, groups in self._groups.items()}
+            raise ConfigError(
+                f"HFT(fraction={self.fraction}) rounds to no unit at all among "
+                f"{', '.join(f'{size} of {category}' for category, size in sizes.items())}. "
+                f"Take {0.5 / max(sizes.values()):.2g} or more."
+            )
+        return chosen
 
     def describe(self) -> dict[str, Any]:
         """As for every method, with the groups' sizes and the fraction of the scope's parameters that trains."""

@@ -25,6 +25,10 @@ def sample_blocks(num_blocks: int, num_active: int, generator: torch.Generator) 
     return sorted(torch.randperm(num_blocks, generator=generator)[:num_active].tolist())
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer() and value >= 1
+
+
 class LISA(MethodCallback):
     """Train a few random blocks at a time, with embeddings and head always on (layerwise importance sampling).
 
@@ -72,9 +76,11 @@ class LISA(MethodCallback):
         state: StatePolicy = "drop",
         seed: int = 0,
     ) -> None:
+        numbers = {"num_layers": num_layers, "period_steps": period_steps}
+        wrong = ", ".join(f"{name}={value!r}" for name, value in numbers.items() if not _is_count(value))
+        if wrong:
+            raise ConfigError(f"LISA({wrong}): blocks and optimizer steps are whole numbers, at least 1.")
         super().__init__(scope=scope, always=always, redraw=period_steps, state=state, seed=seed)
-        if isinstance(num_layers, bool) or int(num_layers) != num_layers or num_layers < 1:
-            raise ConfigError(f"LISA(num_layers={num_layers!r}): at least one block must train at a time.")
         self.num_layers = int(num_layers)
         self.period_steps = int(period_steps)
 
