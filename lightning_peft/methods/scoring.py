@@ -34,7 +34,9 @@ def without_trace(pl_module: LightningModule) -> Iterator[None]:
     rng = get_rng_state()
     modules = list(pl_module.modules())
     training = [module.training for module in modules]
-    buffers = [{name: (b, None if b is None else b.detach().clone()) for name, b in m._buffers.items()} for m in modules]
+    buffers = [
+        {name: (b, None if b is None else b.detach().clone()) for name, b in m._buffers.items()} for m in modules
+    ]
     metrics = [(m, _metric_state(m)) for m in modules if isinstance(m, Metric)]
     parameters = list(pl_module.parameters())
     gradients = [parameter.grad for parameter in parameters]
@@ -54,7 +56,8 @@ def without_trace(pl_module: LightningModule) -> Iterator[None]:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         for metric, state in metrics:
-            metric.__dict__.update(state)
+            for name, value in state.items():
+                object.__setattr__(metric, name, value)
         for module, saved in zip(modules, buffers, strict=True):
             for name, (buffer, value) in saved.items():
                 if buffer is not None and value is not None and not torch.equal(buffer, value):

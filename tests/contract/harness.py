@@ -184,7 +184,10 @@ ROWS: dict[str, Row] = {
         lambda: [RandomTuning(0.3, redraw=2)], lambda: [RandomTuning(1.0, redraw=2)], lambda s: -(-s // 2)
     ),
     "two_methods": Row(
-        lambda: [LISA(1, period_steps=2, scope="*.[01].*", always=()), RandomTuning(0.4, scope=["head", "norms", "!*.[01].*"])],
+        lambda: [
+            LISA(1, period_steps=2, scope="*.[01].*", always=()),
+            RandomTuning(0.4, scope=["head", "norms", "!*.[01].*"]),
+        ],
         None,
         lambda s: -(-s // 2),
     ),

@@ -1,4 +1,4 @@
-"""Kill at any moment, resume with ``fit(ckpt_path=...)``: weights, optimizer state and draws are the uninterrupted run's.
+"""Kill at any moment, resume with ``fit(ckpt_path=...)``: weights, optimizer state and draws are as without it.
 
 Checkpoints are written after every micro-batch, so at optimizer steps, in the middle of accumulation windows, in the
 middle and at the end of epochs. The models have dropout.

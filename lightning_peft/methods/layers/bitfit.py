@@ -39,9 +39,7 @@ class BitFit(MethodCallback):
         Masked Language-models, ACL 2022, arXiv:2106.10199.
     """
 
-    def __init__(
-        self, scope: str | list[str] = "biases", always: Sequence[str] = ("head",), seed: int = 0
-    ) -> None:
+    def __init__(self, scope: str | list[str] = "biases", always: Sequence[str] = ("head",), seed: int = 0) -> None:
         super().__init__(scope=scope, always=always, redraw="never", state="keep", seed=seed)
 
     def select(self, draw: Draw) -> list[str]:

@@ -116,7 +116,7 @@ class HFT(MethodCallback):
             raise ConfigError(f"HFT(fraction={fraction!r}): the fraction that trains must be in (0, 1].")
         if granularity not in get_args(Granularity):
             raise ConfigError(
-                f"HFT(granularity={granularity!r}) is no granularity. {suggest(str(granularity), get_args(Granularity))}"
+                f"HFT(granularity={granularity!r}): no such one. {suggest(str(granularity), get_args(Granularity))}"
             )
         self.fraction = float(fraction)
         self.granularity: Granularity = granularity
@@ -160,7 +160,7 @@ class HFT(MethodCallback):
             raise ConfigError(
                 f"HFT(fraction={self.fraction}) rounds to no unit at all among "
                 f"{', '.join(f'{size} of {category}' for category, size in sizes.items())}. "
-                f"Take {0.5 / max(sizes.values()):.2g} or more."
+                f"Take {math.ceil(500 / max(sizes.values())) / 1000} or more."
             )
         return chosen
 
