@@ -13,6 +13,8 @@ What Lightning's loops ask for, and what follows here:
 * A run with ``max_steps`` that resumes from a checkpoint of ``on_train_epoch_end`` goes through the finished epoch once
   more: without a batch if there is validation, with one batch too many if there is none. The loader refuses that batch
   and goes by the order the batches are due in: after epoch ``k`` comes ``k + 1``, whatever Lightning's number is.
+* A run that ``max_steps`` ended inside an epoch, resumed with a larger ``max_steps``, goes on inside that epoch, although
+  Lightning announces the next one.
 * ``iter`` of a plain ``DataLoader`` draws from torch's global generator, hence one more validation run changes the
   dropout masks of the training that follows. A loader of this file never touches the global generator.
 """
@@ -211,7 +213,9 @@ class ResumableDataLoader(DataLoader):
     def _start(self) -> Iterator[Any]:
         """Begin the epoch that is due where it is due and return the batches that remain."""
         announced = self.epoch
+        inside = False
         if (loop := self._training_loop()) is not None:
+            inside = loop.epoch_loop.batch_progress.current.ready > 0  # of an epoch, whatever its number is called
             if loop.epoch_loop.batch_progress.current.ready >= loop.max_batches:
                 raise StopIteration  # the loop is still in an epoch that was finished before the checkpoint
             loop._load_combined_loader_states()  # does nothing unless Lightning forgot it
@@ -223,7 +227,7 @@ class ResumableDataLoader(DataLoader):
         else:
             pending, self._pending = self._pending, None
             self._epoch, self._batches = pending["epoch"], pending["batches"]
-            if self._batches > 0 and announced != pending["announced"]:
+            if self._batches > 0 and announced != pending["announced"] and not inside:
                 self._epoch, self._batches = self._epoch + 1, 0
             if not isinstance(self.sampler, EpochSampler) and self._batches >= len(self):
                 self._batches = 0  # a foreign sampler may not know its epoch; the saved one was over

@@ -99,6 +99,21 @@ def test_resume_from_model_checkpoint_with_validation_inside_epochs(row: str, tm
         assert_same_state(result[2], expected[2])
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("row", ["lisa", "hft_redraw"])
+@pytest.mark.parametrize("steps", [4, 6, 8])
+def test_a_run_that_max_steps_ended_goes_on_with_more(row: str, steps: int, tmp_path: Path) -> None:
+    """Ended inside an epoch, at its end (6 steps each) and inside the next, with the user's ModelCheckpoint."""
+    arguments: dict[str, Any] = {"max_epochs": -1, "enable_checkpointing": True, "limit_val_batches": 0}
+    expected = fit(tmp_path / "a", "tied_decoder", ROWS[row].make(), max_steps=15, **arguments)
+    keep = ModelCheckpoint(tmp_path / "kept")
+    fit(tmp_path / "b", "tied_decoder", ROWS[row].make(), keep, max_steps=steps, **arguments)
+    path = Path(keep.best_model_path)
+    result = fit(tmp_path / "c", "tied_decoder", ROWS[row].make(), ckpt=path, max_steps=15, **arguments)
+    assert_same_weights(result[0], expected[0])
+    assert result[1] == expected[1]
+
+
 def test_checkpoint_loads_without_pickled_code(tmp_path: Path) -> None:
     saver = SaveEveryBatch(tmp_path)
     fit(tmp_path, "gqa_decoder", ROWS["lisa_offload"].make(), saver)
