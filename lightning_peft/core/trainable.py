@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from lightning_peft.core.masters import original
 from lightning_peft.errors import ConfigError, suggest
 
 __all__ = [
@@ -204,9 +205,9 @@ def optimizer_members(
     members: dict[str, list[int]] = {name: [] for name in parameters}
     for index, optimizer in enumerate(optimizers):
         for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) in names:
-                    members[names[id(parameter)]].append(index)
+            for member in group["params"]:
+                if (key := id(original(member))) in names:
+                    members[names[key]].append(index)
     return members
 
 

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
@@ -96,6 +97,12 @@ class MethodCallback(Callback):
 
     def switched(self, trainer: Trainer) -> None:
         """Called when the plan of this draw is in force: at the start, after a resume, and after each new draw."""
+
+    def stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called after each step of each optimizer, when the engine has looked at gradients and weights."""
+
+    def finished(self) -> None:
+        """Undo what :meth:`switched` did; called when a fit ends, also by an exception, and maybe more than once."""
 
     def method_state(self) -> dict[str, Any]:
         """State of the method beyond draws and ledger (scores, phases), for the checkpoint."""

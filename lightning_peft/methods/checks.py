@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_peft.core.blocks import Structure
+from lightning_peft.core.masters import original
 from lightning_peft.core.trainable import optimizer_members, parameter_fingerprints
 from lightning_peft.errors import ConfigError, EffectError
 
@@ -119,7 +120,7 @@ class MovementCheck:
     def before_step(self, index: int, optimizer: torch.optim.Optimizer) -> None:
         """Remember the parameters' bits."""
         if index in self._pending and any(float(group["lr"]) != 0 for group in optimizer.param_groups):
-            self._before[index] = parameter_fingerprints(self._parameters[name] for name in self._members[index])
+            self._before[index] = parameter_fingerprints(tensor for tensor, _ in self._held(index, optimizer))
 
     def after_step(self, index: int, optimizer: torch.optim.Optimizer, planned: Collection[str]) -> None:
         """Compare.
@@ -132,7 +133,8 @@ class MovementCheck:
             return
         self._pending.discard(index)
         names = self._members[index]
-        after = parameter_fingerprints(self._parameters[name] for name in names)
+        held = self._held(index, optimizer)
+        after = parameter_fingerprints(tensor for tensor, _ in held)
         moved = {name for name, old, new in zip(names, before, after, strict=True) if old != new}
         drifted = [name for name in names if name in moved and name not in planned]
         if drifted:
@@ -140,8 +142,8 @@ class MovementCheck:
                 f"{len(drifted)} frozen parameter(s) moved in an optimizer step: {_some(drifted)}. "
                 f"{type(optimizer).__name__} changes parameters that have no gradient."
             )
-        rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-        expected = [name for name in names if name in planned and rates[id(self._parameters[name])] != 0]
+        rates = dict(zip(names, (rate for _, rate in held), strict=True))
+        expected = [name for name in names if name in planned and rates[name] != 0]
         silent = [name for name in expected if self._parameters[name].grad is None and name not in moved]
         stuck = [
             name
@@ -166,6 +168,11 @@ class MovementCheck:
                 f"{_some(stuck)}. With {', '.join(dtypes)} weights the update may be smaller than the rounding.",
                 stacklevel=2,
             )
+
+    def _held(self, index: int, optimizer: torch.optim.Optimizer) -> list[tuple[torch.Tensor, float]]:
+        """What the optimizer steps for each member (the parameter, or its master) and the learning rate."""
+        found = {id(original(p)): (p, float(group["lr"])) for group in optimizer.param_groups for p in group["params"]}
+        return [found[id(self._parameters[name])] for name in self._members[index]]
 
 
 class GradientWatch:

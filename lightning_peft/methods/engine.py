@@ -219,6 +219,8 @@ class Engine:
         self._gradients.after_step(index)
         if self._movement.is_pending:
             self._movement.after_step(index, optimizer, self._planned)
+        for method in self.methods:
+            method.stepped(optimizer)
 
     def finish(self) -> None:
         """Give the model back as it came; safe to call at any time and more than once."""
@@ -229,6 +231,8 @@ class Engine:
             return
         if hasattr(self, "_norms"):
             self._norms.release()
+        for method in self.methods:
+            method.finished()
         set_flags(self._structure.parameters, self._user_flags)
         self._structure = None
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_peft.core.blocks import Structure, find_structure
+from lightning_peft.core.masters import original
 from lightning_peft.report.console import format_bytes, format_count, show
 from lightning_peft.report.methods import find_methods
 
@@ -83,7 +84,8 @@ def trainable_rows(
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 size = sum(_num_bytes(v) for v in optimizer.state.get(parameter, {}).values() if torch.is_tensor(v))
-                state_bytes[id(parameter)] = state_bytes.get(id(parameter), 0) + size
+                key = id(original(parameter))
+                state_bytes[key] = state_bytes.get(key, 0) + size
     part_of = _parts(structure)
     rows: dict[str, TrainableRow] = {}
     for name, parameter in structure.parameters.items():
