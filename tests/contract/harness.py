@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_peft import HFT, IST, LISA, EmbeddingsAndHead, LastLayer, RandomTuning, Telly
+from lightning_peft import HFT, IST, LISA, BitFit, EmbeddingsAndHead, LastLayer, RandomTuning, Telly
 from lightning_peft.data.loader import ResumableDataLoader
 from lightning_peft.methods.base import MethodCallback
 
@@ -177,6 +177,7 @@ ROWS: dict[str, Row] = {
         lambda s: -(-s // 3),
     ),
     "telly": Row(lambda: [Telly(2)], lambda: [Telly(-1)], lambda s: 1),
+    "bitfit": Row(lambda: [BitFit(scope=["biases", "norms"])], None, lambda s: 1),  # Llama has no biases
     "embeddings_and_head": Row(lambda: [EmbeddingsAndHead()], None, lambda s: 1),
     "last_layer": Row(lambda: [LastLayer(always=("head",))], None, lambda s: 1),
     "random_tuning": Row(lambda: [RandomTuning(0.3)], lambda: [RandomTuning(1.0)], lambda s: 1),

@@ -15,6 +15,7 @@ from lightning_peft.core.blocks import Structure
 from lightning_peft.core.draw import Draw
 from lightning_peft.core.trainable import StatePolicy
 from lightning_peft.errors import ConfigError
+from lightning_peft.methods.arguments import is_fraction
 from lightning_peft.methods.base import MethodCallback, Redraw
 
 __all__ = ["RandomTuning", "sample_to_budget"]
@@ -72,7 +73,7 @@ class RandomTuning(MethodCallback):
         seed: int = 0,
     ) -> None:
         super().__init__(scope=scope, always=always, redraw=redraw, state=state, seed=seed)
-        if not 0 < fraction <= 1:
+        if not is_fraction(fraction):
             raise ConfigError(f"RandomTuning(fraction={fraction!r}): the fraction that trains must be in (0, 1].")
         self.fraction = float(fraction)
         self.redraw: Redraw = redraw

@@ -9,6 +9,7 @@ from __future__ import annotations
 from lightning_peft.core.blocks import Structure
 from lightning_peft.core.draw import Draw
 from lightning_peft.errors import ConfigError
+from lightning_peft.methods.arguments import is_whole
 from lightning_peft.methods.base import MethodCallback, units_by_block
 
 __all__ = ["Telly"]
@@ -18,7 +19,8 @@ class Telly(MethodCallback):
     """Freeze the embeddings and the bottom ``num_frozen_blocks`` blocks (Telly-K), train everything above.
 
     Nothing below the cut is back-propagated through, saved for the backward pass or held by the optimizer: with half of
-    the blocks frozen a step costs 0.67 of full fine-tuning's FLOPs.
+    the blocks frozen a step costs 0.67 of full fine-tuning's FLOPs. A head that is tied to the embedding freezes with
+    it. Dropout in the frozen blocks stays on, as in full fine-tuning; ``eval()`` them yourself to switch it off.
 
     Use it for encoders and classification, where the lower layers need not change.
 
@@ -45,7 +47,7 @@ class Telly(MethodCallback):
 
     def __init__(self, num_frozen_blocks: int = 6, scope: str | list[str] = "all", seed: int = 0) -> None:
         super().__init__(scope=scope, always=(), redraw="never", state="keep", seed=seed)
-        if isinstance(num_frozen_blocks, bool) or int(num_frozen_blocks) != num_frozen_blocks or num_frozen_blocks < -1:
+        if not is_whole(num_frozen_blocks, least=-1):
             raise ConfigError(f"Telly(num_frozen_blocks={num_frozen_blocks!r}): a whole number from -1 on.")
         self.num_frozen_blocks = int(num_frozen_blocks)
 
