@@ -150,6 +150,15 @@ class MethodCallback(Callback):
 
     def describe(self) -> dict[str, Any]:
         """What the method is set to and what it does now, as plain values."""
+    @property
+    def needs_batch(self) -> bool:
+        """Whether a draw needs a batch to look at.
+
+        The first draw then comes with the first batch: until then everything that may ever train is trainable, and
+        nothing is in the history. :meth:`observe` is called ahead of every draw.
+        """
+        return False
+
         numels = {name: p.numel() for name, p in self._structure.parameters.items()} if self._draw_index >= 0 else {}
         return {
             "method": type(self).__name__,
@@ -225,9 +234,11 @@ class MethodCallback(Callback):
     def before_wrap(self) -> frozenset[str]:
         """Names that must be trainable when the optimizer is built and the model is wrapped.
 
-        All that may ever train; for a method that draws once, just its draw.
+        All that may ever train; for a method that draws once, and can do so without a batch, just its draw.
         """
-        return self._names(self._select(Draw(0, 0, 0, self.seed))) if self.is_static else self.selectable
+        if not self.is_static or self.needs_batch:
+            return self.selectable
+        return self._names(self._select(Draw(0, 0, 0, self.seed)))
 
     def draw_due(self, step: int, epoch: int) -> int:
         """Number of the draw that should be in force at this time."""
@@ -251,7 +262,10 @@ class MethodCallback(Callback):
         if not continues:
             self._ledger = Ledger(self._ledger.units)
             self._draw_index = -1
-        self.advance(step, epoch, global_step)
+        if not self.needs_batch:
+            self.advance(step, epoch, global_step)
+        elif self._draw_index < 0:
+            self._active = self.selectable
 
     def active_units(self) -> dict[str, tuple[str, ...]]:
         """The chosen units that train now, without what trains always."""

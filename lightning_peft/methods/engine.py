@@ -178,7 +178,8 @@ class Engine:
         new_step = self._clock.counts != self._observed
         for each, indices in self._times:
             step = self._clock.time(indices)
-            if new_step:
+            due = each.needs_batch and each.draw_due(step, trainer.current_epoch) != each.draw_index
+            if new_step or due:
                 each.observe(Moment(trainer, trainer.lightning_module, batch, batch_idx, step, trainer.current_epoch))
             changed |= each.advance(step, trainer.current_epoch, trainer.global_step)
         self._observed = list(self._clock.counts)
