@@ -19,7 +19,7 @@ from lightning_peft.core.blocks import Structure
 from lightning_peft.core.draw import Draw
 from lightning_peft.core.ledger import Ledger
 from lightning_peft.core.plan import Claim
-from lightning_peft.core.scope import resolve_scope
+from lightning_peft.core.scope import Scope, resolve_scope
 from lightning_peft.core.trainable import StatePolicy, check_state_policy
 from lightning_peft.errors import ConfigError, ScopeError, suggest
 from lightning_peft.methods.engine import Engine
@@ -70,6 +70,10 @@ class MethodCallback(Callback):
 
     # ------------------------------------------------------------------ what a method answers
 
+    def resolve(self, structure: Structure) -> Scope:
+        """Turn the scope into names; a method with a syntax of its own does it here."""
+        return resolve_scope(self.scope, structure)
+
     def make_units(self, structure: Structure, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
         """Cut the scope into the units that :meth:`select` chooses from; by default one unit per block.
 
@@ -93,7 +97,10 @@ class MethodCallback(Callback):
         """
 
     def prepare_optimizers(self, trainer: Trainer) -> None:
-        """Look at or regroup the optimizers, which exist since a moment; before any state is restored."""
+        """Look at or regroup the optimizers, which exist since a moment; before any state is restored.
+
+        A method that replaces an optimizer of ``trainer.strategy`` does it here, or in :meth:`advance`.
+        """
 
     def switched(self, trainer: Trainer) -> None:
         """Called when the plan of this draw is in force: at the start, after a resume, and after each new draw."""
@@ -143,13 +150,6 @@ class MethodCallback(Callback):
         """Whether the method draws once only."""
         return self._redraw == "never"
 
-    def settings(self) -> dict[str, Any]:
-        """The constructor's arguments as plain values."""
-        names = [name for name in inspect.signature(type(self).__init__).parameters if name != "self"]
-        return {name: _plain(getattr(self, name)) for name in names}
-
-    def describe(self) -> dict[str, Any]:
-        """What the method is set to and what it does now, as plain values."""
     @property
     def needs_batch(self) -> bool:
         """Whether a draw needs a batch to look at.
@@ -159,6 +159,13 @@ class MethodCallback(Callback):
         """
         return False
 
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments as plain values."""
+        names = [name for name in inspect.signature(type(self).__init__).parameters if name != "self"]
+        return {name: _plain(getattr(self, name)) for name in names}
+
+    def describe(self) -> dict[str, Any]:
+        """What the method is set to and what it does now, as plain values."""
         numels = {name: p.numel() for name, p in self._structure.parameters.items()} if self._draw_index >= 0 else {}
         return {
             "method": type(self).__name__,
@@ -202,7 +209,7 @@ class MethodCallback(Callback):
             ScopeError: If nothing is left to choose from.
         """
         self._structure = structure
-        scope = resolve_scope(self.scope, structure)
+        scope = self.resolve(structure)
         names = tuple(name for name in scope.names if user_flags[name] or name in scope.explicit)
         if not names:
             raise ScopeError(

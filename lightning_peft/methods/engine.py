@@ -21,6 +21,7 @@ after wrapping
 
 from __future__ import annotations
 
+import operator
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
@@ -143,14 +144,11 @@ class Engine:
         if not self._leads(method):
             return
         assert self._structure is not None
-        trainer, parameters = self._trainer, self._structure.parameters
-        self._optimizers: list[torch.optim.Optimizer] = list(trainer.strategy.optimizers)
+        trainer = self._trainer
         self._policies: dict[str, StatePolicy] = {name: m.state for m in self.methods for name in m.selectable}
         self._offloaded = OffloadedStates()
         self._planned: frozenset[str] = self._registered
         self._norms = FrozenNormStatistics(self._structure.modules, _names_below(self._structure))
-        self._movement = MovementCheck(parameters, self._optimizers)
-        self._gradients = GradientWatch(parameters, self._optimizers)
         resume, self._resume = self._resume, None
         if resume is not None:
             self._clock.counts = list(resume["clock"])
@@ -159,15 +157,34 @@ class Engine:
             self._clock.counts = []
         continues = any(self._clock.counts)
         self._observed: list[int] | None = None if resume is None else resume["observed"]
-        self._clock.attach(self._optimizers)
-        members = optimizer_members(parameters, self._optimizers)
-        self._times = [(m, sorted({i for name in m.scope_names for i in members[name]})) for m in self.methods]
+        self._watch_optimizers()
         for each, indices in self._times:
             each.begin(self._clock.time(indices), trainer.current_epoch, trainer.global_step, continues)
         self._apply()
         attach_trainer(cast(Trainer, trainer))
         if resume is not None:
             self._restore_process(resume)
+
+    def _watch_optimizers(self) -> None:
+        """Count the steps of the Trainer's present optimizers and check what they do."""
+        assert self._structure is not None
+        parameters = self._structure.parameters
+        self._optimizers: list[torch.optim.Optimizer] = list(self._trainer.strategy.optimizers)
+        self._movement = MovementCheck(parameters, self._optimizers)
+        self._gradients = GradientWatch(parameters, self._optimizers)
+        self._clock.attach(self._optimizers)
+        members = optimizer_members(parameters, self._optimizers)
+        self._times = [(m, sorted({i for name in m.scope_names for i in members[name]})) for m in self.methods]
+
+    def _follow_optimizers(self) -> None:
+        """Go on with the optimizers that a method put in the place of others; state that waits on the CPU is void."""
+        assert self._structure is not None
+        optimizers = self._trainer.strategy.optimizers
+        if len(optimizers) == len(self._optimizers) and all(map(operator.is_, optimizers, self._optimizers)):
+            return
+        check_optimizers(self._structure.parameters, self._registered, optimizers)
+        self._offloaded = OffloadedStates()
+        self._watch_optimizers()
 
     def batch_start(self, method: MethodCallback, batch: Any, batch_idx: int) -> None:
         """Let the methods look at the run, and draw again where a new draw is due."""
@@ -191,6 +208,7 @@ class Engine:
         """Make the union of all methods' plans the trainable set."""
         assert self._structure is not None
         parameters = self._structure.parameters
+        self._follow_optimizers()
         check_flags(parameters, self._planned)
         planned = frozenset().union(*(method.trainable_names for method in self.methods))
         all_ranks_agree(
