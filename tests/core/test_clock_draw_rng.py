@@ -210,9 +210,11 @@ def roll() -> tuple[Any, ...]:
     )
 
 
-@pytest.mark.parametrize("warm", [0, 1, 3])
+@pytest.mark.parametrize("warm", [0, 1, 2])
 def test_random_states_round_trip_through_a_checkpoint(warm: int, tmp_path: Any) -> None:
     """An odd number of Gaussian draws leaves a cached second value in Python's and NumPy's generators."""
+    random.seed(warm)
+    np.random.seed(warm)
     for _ in range(warm):
         roll()
     torch.save(get_rng_state(), tmp_path / "rng.pt")

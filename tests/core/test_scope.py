@@ -107,8 +107,9 @@ def test_globs() -> None:
 def test_regular_expressions_match_whole_names() -> None:
     assert names(r"re:layers\.1\..*") == names("layers.1")
     assert names(r"re:layers\.(0|11)\.mlp\.bias") == ("layers.0.mlp.bias", "layers.11.mlp.bias")
-    with pytest.raises(ScopeError, match="matches no parameter"):
-        names("re:mlp")
+    for part in ("mlp", r"layers\.1", r"layers\.1\.mlp"):
+        with pytest.raises(ScopeError, match="matches no parameter"):
+            names(f"re:{part}")
     with pytest.raises(ScopeError, match=r"'re:\(' is not a valid regular expression"):
         names("re:(")
 

@@ -184,6 +184,16 @@ def test_fused_experts_are_one_unit_each_and_the_router_is_apart() -> None:
     assert sum("gate." in f"{unit}." for unit in method.active_units()) == 2
 
 
+def test_a_router_inside_a_module_of_its_own() -> None:
+    class TopKRouter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+    parts = [nn.ModuleDict({"choose": TopKRouter(), "experts": nn.Linear(4, 4)}) for _ in range(4)]
+    assert categories(bound(HFT(), nn.ModuleDict({"layers": nn.ModuleList(parts)}))) == {"router": 4, "ffn": 4}
+
+
 def test_experts_in_a_list_count_each() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
