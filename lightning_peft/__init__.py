@@ -16,6 +16,7 @@ _PUBLIC: dict[str, str] = {
     "LISA": "lightning_peft.methods.layers.lisa",
     "HFT": "lightning_peft.methods.layers.hft",
     "IST": "lightning_peft.methods.layers.ist",
+    "BAdam": "lightning_peft.methods.layers.badam",
     "Telly": "lightning_peft.methods.layers.telly",
     "BitFit": "lightning_peft.methods.layers.bitfit",
     "EmbeddingsAndHead": "lightning_peft.methods.layers.embeddings_and_head",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from lightning_peft.data.prompt_response import PromptResponse
     from lightning_peft.data.text_files import TextFiles
     from lightning_peft.data.text_pairs import TextPairs
+    from lightning_peft.methods.layers.badam import BAdam
     from lightning_peft.methods.layers.bitfit import BitFit
     from lightning_peft.methods.layers.embeddings_and_head import EmbeddingsAndHead
     from lightning_peft.methods.layers.hft import HFT

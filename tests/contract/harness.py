@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_peft import HFT, IST, LISA, BitFit, EmbeddingsAndHead, LastLayer, RandomTuning, Telly
+from lightning_peft import HFT, IST, LISA, BAdam, BitFit, EmbeddingsAndHead, LastLayer, RandomTuning, Telly
 from lightning_peft.data.loader import ResumableDataLoader
 from lightning_peft.methods.base import MethodCallback
 
@@ -175,6 +175,10 @@ ROWS: dict[str, Row] = {
         lambda: [IST(0.25, 3, score_period_steps=2, scope="blocks", always=("embeddings", "head", "norms"))],
         lambda: [IST(1.0, score_period_steps=2, scope="blocks", always=("embeddings", "head", "norms"))],
         lambda s: -(-s // 3),
+    ),
+    "badam": Row(lambda: [BAdam("ascending", period_steps=2)], None, lambda s: -(-s // 2)),
+    "badam_random": Row(
+        lambda: [BAdam(period_steps=3, scope=["blocks", "head"], always=("norms",))], None, lambda s: -(-s // 3)
     ),
     "telly": Row(lambda: [Telly(2)], lambda: [Telly(-1)], lambda s: 1),
     "bitfit": Row(lambda: [BitFit(scope=["biases", "norms"])], None, lambda s: 1),  # Llama has no biases
