@@ -73,6 +73,12 @@ class MasterWeights:
         """Bytes of the masters themselves, without their gradients and optimizer state."""
         return sum(held.master.nbytes for held in self._held.values())
 
+    def follow(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Go on with ``optimizers``: masters that stand in one that is not among them any more are released."""
+        self._optimizers = list(optimizers)
+        kept = {id(optimizer) for optimizer in optimizers}
+        self.release([name for name, held in self._held.items() if id(held.optimizer) not in kept])
+
     def hold(self, names: Collection[str], saved: Mapping[str, Any] | None = None) -> None:
         """Make exactly the low-precision parameters among ``names`` have a master; all others are released.
 
@@ -97,7 +103,8 @@ class MasterWeights:
         """
         for name in list(self._held if names is None else names):
             held = self._held.pop(name)
-            _replace(held.optimizer, held.master, self._parameters[name])
+            for optimizer in (held.optimizer, *self._optimizers):
+                _replace(optimizer, held.master, self._parameters[name])
             held.optimizer.state.pop(held.master, None)
             _set_gradient(self._parameters[name], None, held.grad_dtype)
 

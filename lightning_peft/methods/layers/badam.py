@@ -159,6 +159,7 @@ class BAdam(MethodCallback):
     @override
     def switched(self, trainer: Trainer) -> None:
         assert self._masters is not None
+        self._masters.follow(trainer.strategy.optimizers)
         active = [name for name in self._structure.parameters if name in self._active]
         if self._visit is not None and self._visit != self.draw_index:
             # A block that is visited twice in a row did not freeze in between: it starts anew like any other.
