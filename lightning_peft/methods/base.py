@@ -22,6 +22,7 @@ from lightning_peft.core.plan import Claim
 from lightning_peft.core.scope import Scope, resolve_scope
 from lightning_peft.core.trainable import StatePolicy, check_state_policy
 from lightning_peft.errors import ConfigError, ScopeError, suggest
+from lightning_peft.methods.arguments import is_whole
 from lightning_peft.methods.engine import Engine
 from lightning_peft.methods.moment import Moment
 
@@ -56,9 +57,11 @@ class MethodCallback(Callback):
         seed: int,
     ) -> None:
         super().__init__()
-        self.scope = scope if isinstance(scope, str) else list(scope)
-        self.always = (always,) if isinstance(always, str) else tuple(always)
+        self.scope = scope if isinstance(scope, str) else _check_names(scope, "scope")
+        self.always = tuple(_check_names(always, "always"))
         self.state: StatePolicy = check_state_policy(state)
+        if not is_whole(seed, 0):
+            raise ConfigError(f"seed={seed!r}: a whole number from 0 on.")
         self.seed = int(seed)
         self._redraw = _check_redraw(redraw)
         self._draw_index = -1
@@ -361,14 +364,21 @@ def units_by_block(structure: Structure, names: Iterable[str]) -> dict[str, tupl
     return {unit: tuple(members) for unit, members in units.items()}
 
 
-def _check_redraw(redraw: Redraw) -> Redraw:
-    if isinstance(redraw, str):
-        if redraw not in ("never", "epoch"):
-            raise ConfigError(f"redraw={redraw!r} is no schedule. {suggest(redraw, ('never', 'epoch'))} Or give steps.")
+def _check_redraw(redraw: Any) -> Redraw:
+    if redraw in ("never", "epoch"):
         return redraw
-    if isinstance(redraw, bool) or int(redraw) != redraw or redraw < 1:
+    if isinstance(redraw, str):
+        raise ConfigError(f"redraw={redraw!r} is no schedule. {suggest(redraw, ('never', 'epoch'))} Or give steps.")
+    if not is_whole(redraw, 1):
         raise ConfigError(f"A method draws again after a whole number of optimizer steps, at least 1; got {redraw!r}.")
     return int(redraw)
+
+
+def _check_names(value: Any, argument: str) -> list[str]:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{argument}={value!r}: a role, path or pattern, or a list of them.")
+    return list(names)
 
 
 def _plain(value: Any) -> Any:

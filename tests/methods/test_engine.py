@@ -417,6 +417,30 @@ def test_layer_drop_is_no_error(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- plans
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [{"seed": None}, {"seed": 1.5}, {"scope": None}, {"scope": [3]}, {"always": None}, {"always": 2}, {"state": "kep"}],
+)
+def test_arguments_of_a_wrong_kind_are_configuration_errors(arguments: Any) -> None:
+    with pytest.raises(ConfigError, match=next(iter(arguments))):
+        LISA(**arguments)
+    with pytest.raises(ConfigError, match=next(iter(arguments))):
+        HFT(**arguments)
+
+
+@pytest.mark.parametrize("redraw", [None, 0, -1, 1.5, float("inf"), "epochs", True])
+def test_redraw_of_a_wrong_kind_is_a_configuration_error(redraw: Any) -> None:
+    with pytest.raises(ConfigError):
+        HFT(redraw=redraw)
+
+
+def test_without_embeddings_back_propagation_ends_above_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    callback = LISA(1, period_steps=2, always=("head", "norms"))
+    fit(tmp_path, AnyModule(encoder(), "encoder"), callback)
+    assert not [name for name in callback.selectable if "embeddings" in name]
+
+
 def test_what_the_user_froze_stays_frozen_unless_named(tmp_path: Path) -> None:
     module = TinyModule("gqa_decoder")
     module.model.model.layers[1].requires_grad_(False)
