@@ -167,6 +167,11 @@ ROWS: dict[str, Row] = {
     "lisa_keep": Row(lambda: [LISA(1, period_steps=2, state="keep")], None, lambda s: -(-s // 2)),
     "lisa_offload": Row(lambda: [LISA(1, period_steps=2, state="offload")], None, lambda s: -(-s // 2)),
     "lisa_head_only": Row(lambda: [LISA(1, period_steps=2, always=("head",))], None, lambda s: -(-s // 2)),
+    "lisa_outliers": Row(
+        lambda: [LISA(1, period_steps=2, sampling="outliers", outlier_factor=2.0)],
+        lambda: [LISA(NUM_LAYERS, period_steps=2, sampling="outliers", outlier_factor=2.0)],
+        lambda s: -(-s // 2),
+    ),
     "hft": Row(lambda: [HFT()], lambda: [HFT(fraction=1.0)], lambda s: 1),
     "hft_redraw": Row(lambda: [HFT(redraw=4)], lambda: [HFT(fraction=1.0, redraw=4)], lambda s: -(-s // 4)),
     "hft_layer": Row(lambda: [HFT(granularity="layer", redraw=3, state="keep")], None, lambda s: -(-s // 3)),
