@@ -16,6 +16,7 @@ _PUBLIC: dict[str, str] = {
     "LISA": "lightning_peft.methods.layers.lisa",
     "HFT": "lightning_peft.methods.layers.hft",
     "IST": "lightning_peft.methods.layers.ist",
+    "GreenTrainer": "lightning_peft.methods.layers.green_trainer",
     "BAdam": "lightning_peft.methods.layers.badam",
     "Telly": "lightning_peft.methods.layers.telly",
     "BitFit": "lightning_peft.methods.layers.bitfit",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from lightning_peft.methods.layers.badam import BAdam
     from lightning_peft.methods.layers.bitfit import BitFit
     from lightning_peft.methods.layers.embeddings_and_head import EmbeddingsAndHead
+    from lightning_peft.methods.layers.green_trainer import GreenTrainer
     from lightning_peft.methods.layers.hft import HFT
     from lightning_peft.methods.layers.ist import IST
     from lightning_peft.methods.layers.last_layer import LastLayer

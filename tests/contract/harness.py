@@ -18,7 +18,18 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_peft import HFT, IST, LISA, BAdam, BitFit, EmbeddingsAndHead, LastLayer, RandomTuning, Telly
+from lightning_peft import (
+    HFT,
+    IST,
+    LISA,
+    BAdam,
+    BitFit,
+    EmbeddingsAndHead,
+    GreenTrainer,
+    LastLayer,
+    RandomTuning,
+    Telly,
+)
 from lightning_peft.data.loader import ResumableDataLoader
 from lightning_peft.methods.base import MethodCallback
 
@@ -184,6 +195,12 @@ ROWS: dict[str, Row] = {
     "badam": Row(lambda: [BAdam("ascending", period_steps=2)], None, lambda s: -(-s // 2)),
     "badam_random": Row(
         lambda: [BAdam(period_steps=3, scope=["blocks", "head"], always=("norms",))], None, lambda s: -(-s // 3)
+    ),
+    "green_trainer": Row(
+        lambda: [GreenTrainer(0.6, redraw=3)], lambda: [GreenTrainer(1.0, redraw=3)], lambda s: -(-s // 3)
+    ),
+    "green_trainer_epoch": Row(
+        lambda: [GreenTrainer(0.7, scope="blocks", always=("norms",), state="drop")], None, lambda s: s // 6
     ),
     "telly": Row(lambda: [Telly(2)], lambda: [Telly(-1)], lambda s: 1),
     "bitfit": Row(lambda: [BitFit(scope=["biases", "norms"])], None, lambda s: 1),  # Llama has no biases
