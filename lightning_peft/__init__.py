@@ -23,6 +23,7 @@ _PUBLIC: dict[str, str] = {
     "EmbeddingsAndHead": "lightning_peft.methods.layers.embeddings_and_head",
     "LastLayer": "lightning_peft.methods.layers.last_layer",
     "RandomTuning": "lightning_peft.methods.layers.random_tuning",
+    "Spectrum": "lightning_peft.methods.layers.spectrum",
     # reports
     "TrainableTable": "lightning_peft.report.table",
     "TrainingLedger": "lightning_peft.report.ledger_plot",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from lightning_peft.methods.layers.telly import Telly
     from lightning_peft.models.causal_lm import CausalLM
     from lightning_peft.models.optimizer import WarmupSchedule
+    from lightning_peft.methods.layers.spectrum import Spectrum
     from lightning_peft.models.sequence_classification import SequenceClassification
     from lightning_peft.models.text_embedding import TextEmbedding
     from lightning_peft.report.ledger_plot import TrainingLedger

@@ -30,6 +30,7 @@ from lightning_peft import (
     RandomTuning,
     Telly,
 )
+    Spectrum,
 from lightning_peft.data.loader import ResumableDataLoader
 from lightning_peft.methods.base import MethodCallback
 
@@ -251,6 +252,7 @@ def assert_same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Te
     assert left.keys() == right.keys()
     different = [name for name in left if not torch.equal(left[name], right[name])]
     assert not different, different
+    "spectrum": Row(lambda: [Spectrum(0.5)], None, lambda s: 1),
 
 
 def buffer_owners(module: nn.Module) -> dict[str, list[str]]:
