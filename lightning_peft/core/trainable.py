@@ -278,6 +278,7 @@ class FrozenNormStatistics:
             modules: Clean path -> module of the whole model.
             names: Module path -> canonical names of all parameters at or below it.
         """
+        self._root = modules[""]
         self._layers: list[tuple[nn.Module, tuple[str, ...]]] = []
         for path, module in modules.items():
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
@@ -303,7 +304,7 @@ class FrozenNormStatistics:
                 module.eval()
 
     def release(self) -> None:
-        """Put every layer that was frozen here back into training mode."""
+        """Put every layer that was frozen here back into the mode that the whole model is in."""
         for module in self._ours:
-            module.train()
+            module.train(self._root.training)
         self._ours = []

@@ -75,6 +75,7 @@ class Engine:
         self._structure: Structure | None = None
         self._resume: dict[str, Any] | None = None
         self._undo_setup: Any = None
+        self._in_force = False
 
     @classmethod
     def of(cls, trainer: Trainer) -> Engine:
@@ -126,7 +127,7 @@ class Engine:
         structure = find_structure(self._trainer.lightning_module)
         self._user_flags = {name: p.requires_grad for name, p in structure.parameters.items()}
         check_disjoint([method.bind(structure, self._user_flags) for method in self.methods])
-        self._structure = structure
+        self._structure, self._in_force = structure, True
         self._registered = frozenset().union(*(method.before_wrap() for method in self.methods))
         check_checkpointing(structure, frozenset().union(*(m.before_wrap() for m in self.methods)))
         set_flags(structure.parameters, {name: name in self._registered for name in structure.parameters})
@@ -246,19 +247,23 @@ class Engine:
         if self._undo_setup is not None:
             self._undo_setup()
         self._clock.detach()
-        if self._structure is None:
+        if not self._in_force:
             return
+        self._in_force = False
+        assert self._structure is not None
         if hasattr(self, "_norms"):
             self._norms.release()
         for method in self.methods:
             method.finished()
         set_flags(self._structure.parameters, self._user_flags)
-        self._structure = None
 
     # ------------------------------------------------------------------ checkpoints
 
     def save_checkpoint(self, method: MethodCallback, checkpoint: dict[str, Any]) -> None:
-        """Add clock, random states, offloaded optimizer states and unfinished gradients. Called on every rank."""
+        """Add clock, random states, offloaded optimizer states and unfinished gradients. Called on every rank.
+
+        Also after the fit has ended, or while it ends by an exception: those checkpoints go on as well.
+        """
         if not self._leads(method) or self._structure is None or method.draw_index < 0:
             return
         checkpoint[CHECKPOINT_KEY] = {
@@ -280,6 +285,11 @@ class Engine:
         if not self._leads(method) or self._trainer.state.fn != TrainerFn.FITTING:
             return
         saved = checkpoint.get(CHECKPOINT_KEY)
+        if saved is None and method.state_key in checkpoint.get("callbacks", {}):
+            raise ResumeMismatch(
+                f"The checkpoint holds the draws of {method.label} but not the clock and random states they go with "
+                f"(no {CHECKPOINT_KEY!r} in it): something has taken them out, and the run cannot go on from it."
+            )
         if saved is None:
             rank_zero_info(f"The checkpoint knows nothing of {method.label}: its schedule starts at the first draw.")
             return
@@ -290,8 +300,11 @@ class Engine:
         """Gradients of an accumulation window that is not finished; Lightning itself forgets them."""
         assert self._structure is not None
         trainer = self._trainer
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        done = progress.current.processed  # not the batch that an exception interrupted
+        ended = done >= trainer.num_training_batches or (progress.is_last_batch and done == progress.current.ready)
         automatic = trainer.lightning_module.automatic_optimization
-        if not automatic or trainer.accumulate_grad_batches == 1 or not trainer.fit_loop._should_accumulate():
+        if not automatic or ended or done % trainer.accumulate_grad_batches == 0:
             return {}
         return {
             name: parameter.grad.detach().cpu()

@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from lightning_peft import HFT, LISA
 from lightning_peft.errors import ResumeMismatch
@@ -112,6 +112,56 @@ def test_a_run_that_max_steps_ended_goes_on_with_more(row: str, steps: int, tmp_
     result = fit(tmp_path / "c", "tied_decoder", ROWS[row].make(), ckpt=path, max_steps=15, **arguments)
     assert_same_weights(result[0], expected[0])
     assert result[1] == expected[1]
+
+
+class PowerCut(pl.Callback):
+    """Fails in the forward pass of one micro-batch."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 == self.batch:
+            raise RuntimeError("power cut")
+
+
+@pytest.mark.filterwarnings("ignore:.*was called without a model", "ignore:.*no last checkpoint available")
+@pytest.mark.parametrize("batch", [2, 5, 12, 16])
+@pytest.mark.parametrize("row", ["lisa", "lisa_offload", "hft_redraw"])
+def test_resume_from_what_is_saved_on_an_exception(row: str, batch: int, tmp_path: Path) -> None:
+    """Whatever the order of the callbacks; also from the middle of an accumulation window."""
+    expected = fit(tmp_path, "tied_decoder", ROWS[row].make())
+    with pytest.raises(RuntimeError, match="power cut"):
+        keep = OnExceptionCheckpoint(tmp_path, "cut")
+        fit(tmp_path, "tied_decoder", ROWS[row].make(), PowerCut(batch), keep, enable_checkpointing=True)
+    result = fit(tmp_path, "tied_decoder", ROWS[row].make(), ckpt=tmp_path / "cut.ckpt")
+    assert_same_weights(result[0], expected[0])
+    assert result[1] == expected[1]
+
+
+@pytest.mark.parametrize("row", ["lisa", "lisa_offload"])
+def test_resume_from_what_the_user_saves_after_the_fit(row: str, tmp_path: Path) -> None:
+    expected = fit(tmp_path, "tied_decoder", ROWS[row].make(), max_epochs=3)
+    torch.manual_seed(5)
+    module = TinyModule("tied_decoder")
+    run = trainer(tmp_path, ROWS[row].make(), max_epochs=2)
+    run.fit(module, loader("tied_decoder"), loader("tied_decoder", shuffle=False))
+    run.save_checkpoint(tmp_path / "after.ckpt")
+    result = fit(tmp_path, "tied_decoder", ROWS[row].make(), ckpt=tmp_path / "after.ckpt", max_epochs=3)
+    assert_same_weights(result[0], expected[0])
+    assert result[1] == expected[1]
+
+
+def test_a_checkpoint_without_its_clock_is_refused(tmp_path: Path) -> None:
+    saver = SaveEveryBatch(tmp_path)
+    fit(tmp_path, "gqa_decoder", ROWS["lisa"].make(), saver, max_epochs=1)
+    checkpoint = torch.load(saver.paths[-1], weights_only=True)
+    del checkpoint["lightning_peft"]
+    torch.save(checkpoint, tmp_path / "torn.ckpt")
+    with pytest.raises(ResumeMismatch, match="not the clock"):
+        fit(tmp_path, "gqa_decoder", ROWS["lisa"].make(), ckpt=tmp_path / "torn.ckpt")
 
 
 def test_checkpoint_loads_without_pickled_code(tmp_path: Path) -> None:
