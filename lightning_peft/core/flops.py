@@ -197,8 +197,8 @@ def _topological(loss: Tensor) -> list[Node]:
             continue
         if node.name().startswith("CheckpointFunction"):
             raise ConfigError(
-                "Reentrant activation checkpointing hides the graph whose cost is to be measured. Use "
-                "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
+                "Reentrant activation checkpointing hides the graph whose cost is to be measured. Give "
+                "torch.utils.checkpoint (or transformers' gradient_checkpointing_kwargs) use_reentrant=False."
             )
         stack.append((node, True))
         stack.extend((following, False) for following, _ in node.next_functions if following is not None)

@@ -382,8 +382,8 @@ class GreenTrainer(MethodCallback):
         if forced and self._draw_index < 0:
             warnings.warn(
                 f"{self.label}: the embeddings' output is made to require a gradient (enable_input_require_grads(), "
-                "which gradient_checkpointing_enable() of transformers calls), so that back-propagation always passes "
-                "through the whole model. Call disable_input_require_grads() to let it stop early.",
+                "which transformers calls when it turns activation checkpointing on), so that back-propagation always "
+                "passes through the whole model. Call disable_input_require_grads() to let it stop early.",
                 stacklevel=2,
             )
         paid = [*always, *forced]
