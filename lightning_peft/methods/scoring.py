@@ -1,18 +1,22 @@
 """Passes over the user's model that leave no trace: what scores layers, tensors or weights.
 
 A scoring pass runs the LightningModule's own ``training_step``. Afterwards weights, gradients, optimizer state,
-buffers, metrics, logs, random states and training flags are what they were.
+buffers, metrics, logs, random states, training flags, the batch, and numbers and collections that the module keeps as
+attributes are what they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -21,6 +25,7 @@ from lightning_peft.errors import ConfigError
 
 __all__ = ["mean_over_ranks", "scoring_gradients", "scoring_loss", "without_trace"]
 
+_COLLECTIONS = (list, dict, set, deque)
 _METRIC_FIELDS = ("_update_count", "_computed", "_forward_cache", "_update_called", "_is_synced", "_cache")
 
 
@@ -29,9 +34,11 @@ def without_trace(pl_module: LightningModule) -> Iterator[None]:
     """Put back, at the end or on an exception, everything that passes over ``pl_module`` may change.
 
     That is: parameter values stay the caller's business; ``grad``, buffers, metric states, ``training`` flags, the
-    random states of Python, NumPy and torch, and what ``self.log`` would have logged.
+    random states of Python, NumPy and torch, what ``self.log`` would have logged, and the module's own attributes if
+    they are numbers, strings, tensors or collections (a list of outputs, a count of tokens).
     """
     rng = get_rng_state()
+    restore_attributes = _remember_attributes(pl_module)
     modules = list(pl_module.modules())
     training = [module.training for module in modules]
     buffers = [
@@ -53,6 +60,7 @@ def without_trace(pl_module: LightningModule) -> Iterator[None]:
                 del pl_module.__dict__[name]
             else:
                 pl_module.__dict__[name] = previous
+        restore_attributes()
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         for metric, state in metrics:
@@ -72,7 +80,8 @@ def without_trace(pl_module: LightningModule) -> Iterator[None]:
 def scoring_loss(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int = 0) -> Tensor:
     """Return the scalar training loss of one batch, under the Trainer's precision, on the unwrapped module.
 
-    Call it inside :func:`without_trace`. The module's mode (``train`` or ``eval``) is the caller's choice.
+    Call it inside :func:`without_trace`. The module gets a copy of the batch. Its mode (``train`` or ``eval``) is the
+    caller's choice.
 
     Raises:
         ConfigError: If ``training_step`` does not return a loss: with manual optimisation, or by returning ``None``.
@@ -83,7 +92,7 @@ def scoring_loss(trainer: Trainer, pl_module: LightningModule, batch: Any, batch
             "it steps. Use a method without scoring, or automatic optimisation."
         )
     with trainer.precision_plugin.train_step_context():
-        output = pl_module.training_step(batch, batch_idx)
+        output = pl_module.training_step(_copied(batch), batch_idx)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         raise ConfigError(f"Scoring needs a loss from training_step; it returned {type(output).__name__}.")
@@ -102,6 +111,41 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     total = values.detach().clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
+
+
+def _copied(batch: Any) -> Any:
+    """Copy collections and tensors: a training_step may take entries out of its batch, or write into it."""
+    return apply_to_collection(batch, Tensor, Tensor.clone, allow_frozen=True)
+
+
+def _remember_attributes(pl_module: LightningModule) -> Callable[[], None]:
+    """Return a function that puts the user's plain attributes back, collections with the entries they have now."""
+    ours = vars(LightningModule())
+    kept: dict[str, tuple[Any, Any]] = {
+        name: (value, copy.copy(value) if isinstance(value, _COLLECTIONS) else _copy_tensor(value))
+        for name, value in vars(pl_module).items()
+        if name not in ours and isinstance(value, (*_COLLECTIONS, Tensor, int, float, complex, str, tuple, type(None)))
+    }
+    known = set(vars(pl_module))
+
+    def restore() -> None:
+        attributes = vars(pl_module)
+        for name in set(attributes) - known:
+            del attributes[name]
+        for name, (value, entries) in kept.items():
+            attributes[name] = value
+            if isinstance(value, Tensor) and not torch.equal(value, entries):
+                with torch.no_grad():
+                    value.copy_(entries)
+            elif isinstance(value, _COLLECTIONS):
+                value.clear()
+                (value.extend if isinstance(value, (list, deque)) else value.update)(entries)
+
+    return restore
+
+
+def _copy_tensor(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _mute(*_: Any, **__: Any) -> None:

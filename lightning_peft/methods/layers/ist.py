@@ -7,7 +7,7 @@ trains, drawn with odds that grow with importance (Yao et al. 2024, arXiv:2410.1
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from math import comb
 from typing import Any
@@ -19,12 +19,21 @@ from typing_extensions import override
 from lightning_peft.core.blocks import Structure
 from lightning_peft.core.draw import Draw, draw_generator
 from lightning_peft.core.trainable import StatePolicy
-from lightning_peft.errors import ConfigError, ScopeError
+from lightning_peft.errors import ConfigError, EffectError, ScopeError
+from lightning_peft.methods.arguments import is_fraction, is_number, is_whole
 from lightning_peft.methods.base import MethodCallback, units_by_block
 from lightning_peft.methods.moment import Moment
 from lightning_peft.methods.scoring import mean_over_ranks, scoring_loss, without_trace
 
 __all__ = ["IST", "draw_subsets", "suppressed", "updated_importance"]
+
+
+_PATIENCE = 50
+
+
+def _odds(scores: Tensor) -> Tensor:
+    """Odds of being drawn, never so small that ``multinomial`` takes them for zero."""
+    return torch.sigmoid(scores.double()).clamp_min(1e-30)
 
 
 def draw_subsets(importance: Tensor, size: int, num_subsets: int, generator: torch.Generator) -> list[list[int]]:
@@ -36,13 +45,16 @@ def draw_subsets(importance: Tensor, size: int, num_subsets: int, generator: tor
         num_subsets: Sets wanted; fewer are drawn if there are not that many.
         generator: Source of the draw.
     """
-    odds = torch.sigmoid(-importance)
+    odds = _odds(-importance)
     wanted = min(num_subsets, comb(len(importance), size))
     subsets: list[list[int]] = []
+    repeats = 0
     while len(subsets) < wanted:
         drawn = sorted(torch.multinomial(odds, size, replacement=False, generator=generator).tolist())
         if drawn not in subsets:
             subsets.append(drawn)
+        elif (repeats := repeats + 1) % _PATIENCE == 0:
+            odds = odds.sqrt()  # scores so far apart that the same set comes again and again: even them out
     return subsets
 
 
@@ -57,8 +69,16 @@ def updated_importance(importance: Tensor, subsets: Sequence[Sequence[int]], los
         subsets: The sets that were damped.
         losses: Loss with each set damped, shape ``(num_subsets,)``.
         score_lr: Step size (the paper's mu).
+
+    Raises:
+        EffectError: If a reward is not a finite number.
     """
     rewards = torch.exp(-losses)
+    if not bool(torch.isfinite(rewards).all()):
+        raise EffectError(
+            f"IST cannot score: with layers damped the losses are {losses.tolist()}, and their rewards exp(-loss) are "
+            "not finite. The loss has to be a number above about -700, as a mean cross-entropy is."
+        )
     rewards = rewards - rewards.mean()
     odds = torch.sigmoid(importance)
     slope = odds * (1 - odds) * score_lr
@@ -111,7 +131,9 @@ class IST(MethodCallback):
 
     Resting layers get no weight gradients and save no inputs for them, so that a step saves activations and time in
     proportion; the optimizer's state covers all layers soon (they rotate in every step), which is why ``state`` is
-    ``"keep"``. Scoring costs ``num_candidates`` forward passes every ``score_period_steps`` steps.
+    ``"keep"``. Scoring costs ``num_candidates`` forward passes every ``score_period_steps`` steps. It compares
+    ``exp(-loss)``, so that a loss of order one, such as a mean cross-entropy, tells layers apart and a sum over
+    hundreds of tokens does not.
 
     Use it over adapters, as the paper does (LoRA or a series or parallel adapter in every layer), or over whole blocks.
 
@@ -130,7 +152,8 @@ class IST(MethodCallback):
 
     Raises:
         ConfigError: If a number is out of range.
-        ScopeError: From the fit, if the scope has fewer than two layers.
+        ScopeError: From the fit, if the scope has fewer than two layers, or a parameter outside all layers.
+        EffectError: From the fit, if a damped loss is no number.
 
     Example:
         >>> from lightning_peft import IST
@@ -162,21 +185,27 @@ class IST(MethodCallback):
         state: StatePolicy = "keep",
         seed: int = 0,
     ) -> None:
-        super().__init__(scope=scope, always=always, redraw=period_steps, state=state, seed=seed)
         problems = [
             f"{name}={value!r} must be in {interval}"
             for name, value, ok, interval in (
-                ("fraction", fraction, 0 < fraction <= 1, "(0, 1]"),
-                ("suppress_fraction", suppress_fraction, 0 < suppress_fraction < 1, "(0, 1)"),
-                ("suppression", suppression, 0 <= suppression < 1, "[0, 1)"),
-                ("score_period_steps", score_period_steps, score_period_steps >= 1, "1, 2, ..."),
-                ("num_candidates", num_candidates, num_candidates >= 2, "2, 3, ..."),
-                ("score_lr", score_lr, score_lr > 0, "(0, inf)"),
+                ("fraction", fraction, is_fraction(fraction), "(0, 1]"),
+                ("period_steps", period_steps, is_whole(period_steps, least=1), "1, 2, ..."),
+                ("score_period_steps", score_period_steps, is_whole(score_period_steps, least=1), "1, 2, ..."),
+                (
+                    "suppress_fraction",
+                    suppress_fraction,
+                    is_fraction(suppress_fraction) and suppress_fraction < 1,
+                    "(0, 1)",
+                ),
+                ("num_candidates", num_candidates, is_whole(num_candidates, least=2), "2, 3, ..."),
+                ("suppression", suppression, is_number(suppression) and 0 <= suppression < 1, "[0, 1)"),
+                ("score_lr", score_lr, is_number(score_lr) and score_lr > 0, "(0, inf)"),
             )
             if not ok
         ]
         if problems:
             raise ConfigError(f"IST: {'; '.join(problems)}.")
+        super().__init__(scope=scope, always=always, redraw=int(period_steps), state=state, seed=seed)
         self.fraction = float(fraction)
         self.period_steps = int(period_steps)
         self.score_period_steps = int(score_period_steps)
@@ -191,15 +220,16 @@ class IST(MethodCallback):
         units = units_by_block(structure, names)
         if len(units) < 2:
             raise ScopeError(f"{self.label} has {len(units)} layer(s); importance needs at least two to compare.")
-        self._layers = [_responding(structure, unit, members) for unit, members in units.items()]
+        self._layers = [_responding(structure, unit, members, units) for unit, members in units.items()]
         self.importance = torch.zeros(len(units), dtype=torch.float64)
         return units
 
     @override
     def select(self, draw: Draw) -> list[str]:
         count = max(1, int(self.fraction * len(self.units)))
-        odds = torch.sigmoid(self.importance)
-        drawn = torch.multinomial(odds, count, replacement=False, generator=draw.generator("layers")).tolist()
+        drawn = torch.multinomial(
+            _odds(self.importance), count, replacement=False, generator=draw.generator("layers")
+        ).tolist()
         names = list(self.units)
         return [names[index] for index in sorted(drawn)]
 
@@ -232,9 +262,16 @@ class IST(MethodCallback):
         return {**super().describe(), "importance": dict(zip(self.units, self.importance.tolist(), strict=False))}
 
 
-def _responding(structure: Structure, unit: str, members: Sequence[str]) -> list[nn.Module]:
+def _responding(structure: Structure, unit: str, members: Sequence[str], units: Iterable[str]) -> list[nn.Module]:
     """The modules whose response stands for a unit: its adapters' layers if it is made of adapters, or its block."""
     if set(members) <= set(structure.roles["adapters"]):
         paths = [path for path, module in structure.modules.items() if hasattr(module, "adapter_layer_names")]
-        return [structure.modules[p] for p in paths if any(name.startswith(f"{p}.") for name in members)]
-    return [structure.modules[unit]] if unit in structure.modules else []
+        layers = [structure.modules[p] for p in paths if any(name.startswith(f"{p}.") for name in members)]
+        if layers:
+            return layers
+    if unit not in structure.modules or any(other.startswith(f"{unit}.") for other in units):
+        raise ScopeError(
+            f"IST cannot damp {members[0]} by itself: it belongs to no layer of its own. Take it out of the scope, or "
+            "name it in always."
+        )
+    return [structure.modules[unit]]
