@@ -26,6 +26,7 @@ _PUBLIC: dict[str, str] = {
     "Spectrum": "lightning_peft.methods.layers.spectrum",
     # reports
     "TrainableTable": "lightning_peft.report.table",
+    "Surgical": "lightning_peft.methods.layers.surgical",
     "TrainingLedger": "lightning_peft.report.ledger_plot",
     # models and data for command-line runs
     "CausalLM": "lightning_peft.models.causal_lm",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from lightning_peft.methods.layers.telly import Telly
     from lightning_peft.models.causal_lm import CausalLM
     from lightning_peft.models.optimizer import WarmupSchedule
+    from lightning_peft.methods.layers.surgical import Surgical
     from lightning_peft.methods.layers.spectrum import Spectrum
     from lightning_peft.models.sequence_classification import SequenceClassification
     from lightning_peft.models.text_embedding import TextEmbedding

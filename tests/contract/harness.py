@@ -30,6 +30,7 @@ from lightning_peft import (
     RandomTuning,
     Telly,
 )
+    Surgical,
     Spectrum,
 from lightning_peft.data.loader import ResumableDataLoader
 from lightning_peft.methods.base import MethodCallback
@@ -252,6 +253,7 @@ def assert_same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Te
     assert left.keys() == right.keys()
     different = [name for name in left if not torch.equal(left[name], right[name])]
     assert not different, different
+    "surgical": Row(lambda: [Surgical(1, 2)], None, lambda s: 1),
     "spectrum": Row(lambda: [Spectrum(0.5)], None, lambda s: 1),
 
 
