@@ -20,7 +20,7 @@ def architecture(name: str) -> Structure:
     return structure_of(name)
 
 
-# The schedules of the contract name layers of its own models, and Telly there freezes two blocks, all that this ViT has.
+# The schedules of the contract name layers of its own models; Telly there freezes two blocks, all that this ViT has.
 PAIRS = [(r, a) for r in ROWS for a in ARCHITECTURES if not r.startswith("schedule") and (r, a) != ("telly", "vit")]
 
 
