@@ -10,13 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from lightning_peft.core.blocks import Structure
-from lightning_peft.core.draw import draw_generator
 from lightning_peft.errors import ConfigError
-from lightning_peft.methods.batches import sample_batches
+from lightning_peft.methods.moment import Moment
 from lightning_peft.methods.scoring import mean_over_ranks, scoring_loss, without_trace
 
 __all__ = ["outlier_fraction", "outlier_fractions"]
@@ -30,18 +28,17 @@ def outlier_fraction(magnitudes: Sequence[Tensor], factor: float) -> float:
 
 
 def outlier_fractions(
-    trainer: Trainer, structure: Structure, units: Mapping[str, tuple[str, ...]], factor: float, seed: int
+    moment: Moment, structure: Structure, units: Mapping[str, tuple[str, ...]], factor: float
 ) -> list[float]:
-    """Return each unit's fraction of outliers among its linear and convolution weights, for one training batch.
+    """Return each unit's fraction of outliers among its linear and convolution weights, for the batch at hand.
 
     The magnitude of a weight is its absolute value times the norm of its input feature over the batch.
 
     Args:
-        trainer: The Trainer, in a fit.
+        moment: Where the run stands; the batches of all ranks are looked at as one.
         structure: The model.
         units: Unit name -> parameter names.
         factor: How many times the unit's mean magnitude an outlier exceeds.
-        seed: Seed of the choice of the batch's samples.
 
     Raises:
         ConfigError: If a unit has no such layer.
@@ -58,13 +55,11 @@ def outlier_fractions(
 
         return hook
 
-    pl_module = trainer.lightning_module
-    with without_trace(pl_module), torch.no_grad():
-        pl_module.eval()
+    with without_trace(moment.pl_module), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        moment.pl_module.eval()
         handles = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items() if module]
         try:
-            for batch in sample_batches(trainer, trainer.train_dataloader, 1, draw_generator(seed, 0, "outliers")):
-                scoring_loss(trainer, pl_module, batch)
+            scoring_loss(moment.trainer, moment.pl_module, moment.batch, moment.batch_idx)
         finally:
             for handle in handles:
                 handle.remove()

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 from typing_extensions import override
 
@@ -24,6 +23,7 @@ from lightning_peft.core.weighted import inclusion_probabilities, sample_weighte
 from lightning_peft.errors import ConfigError, suggest
 from lightning_peft.methods.arguments import is_number, is_whole
 from lightning_peft.methods.base import MethodCallback
+from lightning_peft.methods.moment import Moment
 from lightning_peft.methods.outliers import outlier_fractions
 
 __all__ = ["LISA", "Sampling", "sample_blocks"]
@@ -57,7 +57,7 @@ class LISA(MethodCallback):
             ``"keep"`` (as the public code does, grows to full size), ``"offload"`` (to CPU memory and back).
         seed: Seed of the draws, the same on all ranks.
         sampling: How likely each block is: ``"uniform"`` (LISA); in proportion to its share of outlier weights,
-            ``"outliers"`` (OwLore), found at the start of the fit by one forward pass over a training batch; to its
+            ``"outliers"`` (OwLore), found by one forward pass over the first training batch; to its
             depth counted from 1 at the bottom, ``"increasing"``, or at the top, ``"decreasing"`` (OwLore's LISA-D);
             or to your own weights, one per block of the scope, at least ``num_layers`` of them positive.
         outlier_factor: A weight is an outlier if its magnitude times the norm of its inputs exceeds this many times
@@ -109,7 +109,6 @@ class LISA(MethodCallback):
             raise ConfigError(f"LISA(outlier_factor={outlier_factor!r}): a number above 0.")
         self.outlier_factor = float(outlier_factor)
         self._inclusion: Tensor | None = None
-        self._trainer: Trainer | None = None
 
     @override
     def make_units(self, structure: Structure, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -118,13 +117,17 @@ class LISA(MethodCallback):
             self._check_weights(self.sampling, len(units))
         return units
 
+    @property
     @override
-    def prepare_optimizers(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+    def needs_batch(self) -> bool:
+        return self.sampling == "outliers"
 
     @override
-    def finished(self) -> None:
-        self._trainer = None
+    def observe(self, moment: Moment) -> None:
+        if self.sampling == "outliers" and self._inclusion is None:
+            weights = outlier_fractions(moment, self._structure, self.units, self.outlier_factor)
+            self._check_weights(weights, len(weights))
+            self._inclusion = inclusion_probabilities(weights, min(self.num_layers, len(weights)))
 
     @override
     def begin(self, step: int, epoch: int, global_step: int, continues: bool) -> None:
@@ -144,20 +147,11 @@ class LISA(MethodCallback):
         if self.sampling == "uniform":
             return [blocks[index] for index in sample_blocks(len(blocks), self.num_layers, generator)]
         if self._inclusion is None:
-            self._inclusion = inclusion_probabilities(self._weights(), min(self.num_layers, len(blocks)))
+            depths = [float(depth) for depth in range(1, len(blocks) + 1)]
+            given = self.sampling if isinstance(self.sampling, list) else depths
+            weights = depths[::-1] if self.sampling == "decreasing" else given
+            self._inclusion = inclusion_probabilities(weights, min(self.num_layers, len(blocks)))
         return [blocks[index] for index in sample_weighted(self._inclusion, generator)]
-
-    def _weights(self) -> list[float]:
-        """Weights of the blocks, bottom first."""
-        if isinstance(self.sampling, list):
-            return self.sampling
-        depths = [float(depth) for depth in range(1, len(self.units) + 1)]
-        if self.sampling != "outliers":
-            return depths if self.sampling == "increasing" else depths[::-1]
-        assert self._trainer is not None, "outliers are looked for in a fit"
-        weights = outlier_fractions(self._trainer, self._structure, self.units, self.outlier_factor, self.seed)
-        self._check_weights(weights, len(weights))
-        return weights
 
     def _check_weights(self, weights: list[float], num_blocks: int) -> None:
         if len(weights) != num_blocks:
