@@ -23,6 +23,8 @@ _PUBLIC: dict[str, str] = {
     "EmbeddingsAndHead": "lightning_peft.methods.layers.embeddings_and_head",
     "LastLayer": "lightning_peft.methods.layers.last_layer",
     "RandomTuning": "lightning_peft.methods.layers.random_tuning",
+    "GradualUnfreezing": "lightning_peft.methods.layers.gradual_unfreezing",
+    "FinetuningSchedule": "lightning_peft.methods.layers.schedule",
     "Spectrum": "lightning_peft.methods.layers.spectrum",
     # reports
     "TrainableTable": "lightning_peft.report.table",
@@ -57,11 +59,13 @@ if TYPE_CHECKING:
     from lightning_peft.methods.layers.bitfit import BitFit
     from lightning_peft.methods.layers.embeddings_and_head import EmbeddingsAndHead
     from lightning_peft.methods.layers.green_trainer import GreenTrainer
+    from lightning_peft.methods.layers.gradual_unfreezing import GradualUnfreezing
     from lightning_peft.methods.layers.hft import HFT
     from lightning_peft.methods.layers.ist import IST
     from lightning_peft.methods.layers.last_layer import LastLayer
     from lightning_peft.methods.layers.lisa import LISA
     from lightning_peft.methods.layers.random_tuning import RandomTuning
+    from lightning_peft.methods.layers.schedule import FinetuningSchedule
     from lightning_peft.methods.layers.telly import Telly
     from lightning_peft.models.causal_lm import CausalLM
     from lightning_peft.models.optimizer import WarmupSchedule
