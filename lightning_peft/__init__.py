@@ -25,10 +25,11 @@ _PUBLIC: dict[str, str] = {
     "RandomTuning": "lightning_peft.methods.layers.random_tuning",
     "GradualUnfreezing": "lightning_peft.methods.layers.gradual_unfreezing",
     "FinetuningSchedule": "lightning_peft.methods.layers.schedule",
+    "RiFT": "lightning_peft.methods.layers.rift",
     "Spectrum": "lightning_peft.methods.layers.spectrum",
+    "Surgical": "lightning_peft.methods.layers.surgical",
     # reports
     "TrainableTable": "lightning_peft.report.table",
-    "Surgical": "lightning_peft.methods.layers.surgical",
     "TrainingLedger": "lightning_peft.report.ledger_plot",
     # models and data for command-line runs
     "CausalLM": "lightning_peft.models.causal_lm",
@@ -66,11 +67,12 @@ if TYPE_CHECKING:
     from lightning_peft.methods.layers.lisa import LISA
     from lightning_peft.methods.layers.random_tuning import RandomTuning
     from lightning_peft.methods.layers.schedule import FinetuningSchedule
+    from lightning_peft.methods.layers.rift import RiFT
+    from lightning_peft.methods.layers.spectrum import Spectrum
+    from lightning_peft.methods.layers.surgical import Surgical
     from lightning_peft.methods.layers.telly import Telly
     from lightning_peft.models.causal_lm import CausalLM
     from lightning_peft.models.optimizer import WarmupSchedule
-    from lightning_peft.methods.layers.surgical import Surgical
-    from lightning_peft.methods.layers.spectrum import Spectrum
     from lightning_peft.models.sequence_classification import SequenceClassification
     from lightning_peft.models.text_embedding import TextEmbedding
     from lightning_peft.report.ledger_plot import TrainingLedger

@@ -30,8 +30,9 @@ from lightning_peft import (
     RandomTuning,
     Telly,
 )
-    Surgical,
+    RiFT,
     Spectrum,
+    Surgical,
 from lightning_peft.data.loader import ResumableDataLoader
 from lightning_peft.methods.base import MethodCallback
 
@@ -253,8 +254,9 @@ def assert_same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Te
     assert left.keys() == right.keys()
     different = [name for name in left if not torch.equal(left[name], right[name])]
     assert not different, different
-    "surgical": Row(lambda: [Surgical(1, 2)], None, lambda s: 1),
+    "rift": Row(lambda: [RiFT(epochs=1, num_batches=2, interpolation_steps=4, score_on="train")], None, lambda s: 1),
     "spectrum": Row(lambda: [Spectrum(0.5)], None, lambda s: 1),
+    "surgical": Row(lambda: [Surgical(1, 2)], None, lambda s: 1),
 
 
 def buffer_owners(module: nn.Module) -> dict[str, list[str]]:
