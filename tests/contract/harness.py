@@ -28,11 +28,11 @@ from lightning_peft import (
     GreenTrainer,
     LastLayer,
     RandomTuning,
-    Telly,
-)
     RiFT,
     Spectrum,
     Surgical,
+    Telly,
+)
 from lightning_peft.data.loader import ResumableDataLoader
 from lightning_peft.methods.base import MethodCallback
 
@@ -213,6 +213,9 @@ ROWS: dict[str, Row] = {
     "random_tuning_redraw": Row(
         lambda: [RandomTuning(0.3, redraw=2)], lambda: [RandomTuning(1.0, redraw=2)], lambda s: -(-s // 2)
     ),
+    "rift": Row(lambda: [RiFT(epochs=1, num_batches=2, interpolation_steps=4, score_on="train")], None, lambda s: 1),
+    "spectrum": Row(lambda: [Spectrum(0.5)], None, lambda s: 1),
+    "surgical": Row(lambda: [Surgical(1, 2)], None, lambda s: 1),
     "two_methods": Row(
         lambda: [
             LISA(1, period_steps=2, scope="*.[01].*", always=()),
@@ -254,9 +257,6 @@ def assert_same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Te
     assert left.keys() == right.keys()
     different = [name for name in left if not torch.equal(left[name], right[name])]
     assert not different, different
-    "rift": Row(lambda: [RiFT(epochs=1, num_batches=2, interpolation_steps=4, score_on="train")], None, lambda s: 1),
-    "spectrum": Row(lambda: [Spectrum(0.5)], None, lambda s: 1),
-    "surgical": Row(lambda: [Surgical(1, 2)], None, lambda s: 1),
 
 
 def buffer_owners(module: nn.Module) -> dict[str, list[str]]:
