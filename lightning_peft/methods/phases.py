@@ -200,9 +200,10 @@ def parse_schedule(
 
 def list_mistakes(what: str, mistakes: Sequence[str]) -> str:
     """Return one message about ``what`` with all its mistakes."""
-    if len(mistakes) == 1:
-        return f"{what}: {mistakes[0].rstrip('.')}."
-    return f"{what} has {len(mistakes)} mistakes:" + "".join(f"\n  {mistake.rstrip('.')}." for mistake in mistakes)
+    sentences = [mistake if mistake.endswith((".", "?")) else f"{mistake}." for mistake in mistakes]
+    if len(sentences) == 1:
+        return f"{what}: {sentences[0]}"
+    return f"{what} has {len(sentences)} mistakes:" + "".join(f"\n  {sentence}" for sentence in sentences)
 
 
 def _whole(value: Any) -> int | None:
