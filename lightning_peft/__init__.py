@@ -59,15 +59,15 @@ if TYPE_CHECKING:
     from lightning_peft.methods.layers.badam import BAdam
     from lightning_peft.methods.layers.bitfit import BitFit
     from lightning_peft.methods.layers.embeddings_and_head import EmbeddingsAndHead
-    from lightning_peft.methods.layers.green_trainer import GreenTrainer
     from lightning_peft.methods.layers.gradual_unfreezing import GradualUnfreezing
+    from lightning_peft.methods.layers.green_trainer import GreenTrainer
     from lightning_peft.methods.layers.hft import HFT
     from lightning_peft.methods.layers.ist import IST
     from lightning_peft.methods.layers.last_layer import LastLayer
     from lightning_peft.methods.layers.lisa import LISA
     from lightning_peft.methods.layers.random_tuning import RandomTuning
-    from lightning_peft.methods.layers.schedule import FinetuningSchedule
     from lightning_peft.methods.layers.rift import RiFT
+    from lightning_peft.methods.layers.schedule import FinetuningSchedule
     from lightning_peft.methods.layers.spectrum import Spectrum
     from lightning_peft.methods.layers.surgical import Surgical
     from lightning_peft.methods.layers.telly import Telly
