@@ -14,6 +14,7 @@ addition counting as two; element-wise work (norms, activations, softmax) is not
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
 
 from lightning_peft.errors import ConfigError
@@ -35,19 +36,24 @@ __all__ = ["LinearCost", "StepCost", "count_step_flops", "measure_step"]
 _aten = torch.ops.aten
 
 
-def _cpu_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Scores and weighted values."""
+    *rows, width = query.shape
+    return 2 * math.prod(rows) * key.shape[-2] * (width + value.shape[-1])
 
 
-def _cpu_attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Scores once more, and two products for each of the two of the forward pass."""
+    *rows, width = query.shape
+    return 2 * math.prod(rows) * key.shape[-2] * (3 * width + 2 * value.shape[-1])
 
 
+_ATTENTION = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
 _FORMULAS: dict[Any, Callable[..., int]] = {
-    # PyTorch's counter lacks these two: without them, attention on the CPU would be free.
-    _aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
     **flop_registry,
+    # PyTorch's counter knows no attention on the CPU, and until 2.12 none with fewer key-value heads.
+    **{getattr(_aten, f"_scaled_dot_product_{kind}"): _attention for kind in _ATTENTION},
+    **{getattr(_aten, f"_scaled_dot_product_{kind}_backward"): _attention_backward for kind in _ATTENTION},
 }
 
 

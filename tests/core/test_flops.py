@@ -238,8 +238,9 @@ def test_llama_agrees_with_arithmetic() -> None:
     sizes = Llama(num_layers=3, width=8, hidden=12, vocabulary=19, batch=2, length=7)
     model = llama(num_hidden_layers=3, num_key_value_heads=2, attn_implementation="eager")
     cost, _, _ = measure_step(language_loss(model), dict(model.named_parameters()))
-    assert cost.forward_flops == sizes.forward()
-    assert cost.step_flops() == sizes.full()
+    rotary_angles = 2 * 7 * 2  # counted with some versions of transformers: two frequencies at seven positions
+    assert cost.forward_flops - sizes.forward() in (0, rotary_angles)
+    assert cost.backward_flops() == sizes.full() - sizes.forward()
     parts = [("q", "k", "v"), *((matrix,) for matrix in ("o", "gate", "up", "down"))]
     path = {matrix: f"{'self_attn' if matrix in 'qkvo' else 'mlp'}.{matrix}_proj.weight" for matrix in MATRICES}
     choice = random.Random(3)

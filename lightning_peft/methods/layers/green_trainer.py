@@ -243,10 +243,11 @@ class GreenTrainer(MethodCallback):
         Backpropagation, ICLR 2024, arXiv:2309.13192, equation (1) and Algorithm 1.
 
     Differs from the paper:
-        FLOPs are measured on the real graph, not taken from a table for OPT and BLOOM. The knapsack is optimal; that of
-        the authors' code, which keeps one candidate per depth and budget, is not. Trial steps leave nothing behind in
-        the optimizer and are made without weight decay, which would pass for a gain or a loss. A tensor with no gain is
-        left out, unless none has any: then the best one that fits trains.
+        FLOPs are measured on the real graph, not taken from a table for OPT and BLOOM. The knapsack over the paper's
+        chain of tensors is optimal; that of the authors' code, which keeps one candidate per depth and budget, is not.
+        Where the model branches, the budget that the chain leaves over is spent too. Trial steps leave nothing behind
+        in the optimizer and are made without weight decay, which would pass for a gain or a loss. If no tensor that
+        fits has a gain, the one with the smallest loss trains.
     """
 
     def __init__(
