@@ -28,6 +28,7 @@ _PUBLIC: dict[str, str] = {
     "RiFT": "lightning_peft.methods.layers.rift",
     "Spectrum": "lightning_peft.methods.layers.spectrum",
     "Surgical": "lightning_peft.methods.layers.surgical",
+    "AutoRGN": "lightning_peft.methods.layers.auto_rgn",
     # reports
     "TrainableTable": "lightning_peft.report.table",
     "TrainingLedger": "lightning_peft.report.ledger_plot",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from lightning_peft.data.prompt_response import PromptResponse
     from lightning_peft.data.text_files import TextFiles
     from lightning_peft.data.text_pairs import TextPairs
+    from lightning_peft.methods.layers.auto_rgn import AutoRGN
     from lightning_peft.methods.layers.badam import BAdam
     from lightning_peft.methods.layers.bitfit import BitFit
     from lightning_peft.methods.layers.embeddings_and_head import EmbeddingsAndHead

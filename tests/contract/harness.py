@@ -22,6 +22,7 @@ from lightning_peft import (
     HFT,
     IST,
     LISA,
+    AutoRGN,
     BAdam,
     BitFit,
     EmbeddingsAndHead,
@@ -216,6 +217,7 @@ ROWS: dict[str, Row] = {
     "rift": Row(lambda: [RiFT(epochs=1, num_batches=2, interpolation_steps=4, score_on="train")], None, lambda s: 1),
     "spectrum": Row(lambda: [Spectrum(0.5)], None, lambda s: 1),
     "surgical": Row(lambda: [Surgical(1, 2)], None, lambda s: 1),
+    "auto_rgn": Row(lambda: [AutoRGN(num_batches=2)], None, lambda s: -(-s // 6)),
     "two_methods": Row(
         lambda: [
             LISA(1, period_steps=2, scope="*.[01].*", always=()),
