@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import re
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from scipy.stats import chisquare
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_peft import BAdam, TrainableTable
 from lightning_peft.core.blocks import find_structure
@@ -38,6 +40,8 @@ from tests.contract.harness import (
 from tests.distributed.launch import launch
 from tests.methods import badam_ddp_probe
 from tests.methods.test_lisa import SIZES, step_flops
+from tests.models.test_examples import run as run_example
+from tests.models.tiny_models import LLAMA, save_tokenizer
 
 LLAMA_BLOCKS = [f"model.model.layers.{index}" for index in range(NUM_LAYERS)]
 
@@ -622,6 +626,35 @@ def test_flops_of_a_cycle_against_arithmetic(tmp_path: Path) -> None:
         assert in_graph == [layer >= block for layer in range(SIZES.num_layers)]
         ratios.append(measured / SIZES.full())
     assert ratios == pytest.approx([0.730, 0.543, 0.380], abs=0.012)  # measured elsewhere, another small Llama
+
+
+def save_llama(folder: Path) -> None:
+    """A tiny model and tokenizer, as a user has them."""
+    values = dict(LLAMA)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+@pytest.mark.parametrize("order", ["random", "descending"])
+def test_example_learns_to_count(order: str, tmp_path: Path) -> None:
+    out = run_example("badam.py", "--order", order, cwd=tmp_path)
+    (loss,) = re.findall(r"^loss: ([\d.]+)$", out, flags=re.MULTILINE)
+    assert float(loss) < 0.3  # log(32) = 3.5 at the start
+    held, full = map(int, re.findall(r"(\d+) bytes", out))
+    assert held < 0.15 * full
+    assert (tmp_path / "finetuned" / "model.safetensors").exists()
+
+
+def test_example_on_a_given_model(tmp_path: Path) -> None:
+    save_llama(tmp_path / "model")
+    (tmp_path / "my.txt").write_text(" ".join(f"w{i % 24}" for i in range(2000)))
+    arguments = ["--model=model", "--text=my.txt", "--steps=60", "--period-steps=5", "--lr=1e-2"]
+    out = run_example("badam.py", *arguments, cwd=tmp_path)
+    assert float(re.findall(r"^loss: ([\d.]+)$", out, flags=re.MULTILINE)[0]) < 2.0
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "finetuned")
+    assert tuned.dtype == torch.bfloat16
 
 
 @pytest.mark.distributed

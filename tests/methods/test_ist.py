@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections import Counter, deque
 from collections.abc import Sequence
 from itertools import combinations
@@ -18,11 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from scipy.stats import chisquare
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_peft import IST
 from lightning_peft.core.draw import draw_generator
@@ -41,6 +44,8 @@ from tests.contract.harness import (
 )
 from tests.distributed.launch import launch
 from tests.methods import ist_ddp_probe
+from tests.models.test_examples import run as run_example
+from tests.models.tiny_models import LLAMA, save_tokenizer
 
 # ---------------------------------------------------------------------------------------------------- sets to damp
 
@@ -680,6 +685,35 @@ def test_two_processes_hold_the_same_scores(tmp_path: Path) -> None:
     assert left["history"] == right["history"] == single["history"]
     torch.testing.assert_close(left["importance"], single["importance"], rtol=0, atol=1e-4)
     assert_same_weights(left["weights"], right["weights"])
+
+
+def save_llama(folder: Path) -> None:
+    """A tiny model and tokenizer, as a user has them."""
+    values = dict(LLAMA)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def test_example_learns_to_count_and_writes_the_adapters(tmp_path: Path) -> None:
+    out = run_example("ist_over_lora.py", cwd=tmp_path)
+    (loss,) = re.findall(r"^loss: ([\d.]+)$", out, flags=re.MULTILINE)
+    assert float(loss) < 1.0  # log(32) = 3.5 at the start
+    importance = re.findall(r"^model\.model\.layers\.\d: ([+-][\d.]+)$", out, flags=re.MULTILINE)
+    assert len(importance) == 8
+    assert len(set(importance)) > 4
+    saved = load_file(tmp_path / "adapters.safetensors")
+    assert len(saved) == 8 * 7 * 2
+    assert all("lora_" in name for name in saved)
+
+
+def test_example_on_a_given_model(tmp_path: Path) -> None:
+    save_llama(tmp_path / "model")
+    (tmp_path / "my.txt").write_text(" ".join(f"w{i % 24}" for i in range(2000)))
+    out = run_example("ist_over_lora.py", "--model=model", "--text=my.txt", "--steps=40", cwd=tmp_path)
+    assert float(re.findall(r"^loss: ([\d.]+)$", out, flags=re.MULTILINE)[0]) < 3.3
+    assert (tmp_path / "adapters.safetensors").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- mistakes
