@@ -57,10 +57,13 @@ class FinetuningSchedule(MethodCallback):
     trains); ``max_transition_epoch`` (the phase ends at the start of this epoch), ``max_steps`` (its own optimizer
     steps), ``monitor``, ``patience``, ``min_delta``, ``mode`` (a plateau); ``lr`` and ``optimizer_options`` (such as
     ``weight_decay``) of what the phase names; ``new_lr_scheduler`` and ``new_optimizer`` from this phase on. Names,
-    globs, ``re:``, roles and regular expressions matched at the beginning of names can be mixed. A plateau is looked
-    for whenever the metric is logged: at the end of validation, or of the training epoch; all ranks use the mean of
-    their values. The last phase lasts until the Trainer stops, unless it has a ``monitor`` of its own, whose plateau
-    stops the training. If the LightningModule has a list ``no_decay`` of parts of names, these get no weight decay.
+    globs, ``re:``, roles and regular expressions matched at the beginning of names can be mixed. If the LightningModule
+    has a list ``no_decay`` of parts of names, these get no weight decay.
+
+    A plateau is looked for whenever the metric is logged: at the end of validation, or of the training epoch; all ranks
+    use the mean of their values. For an exact resume the metric must come from validation, because Lightning forgets
+    the training metrics of an unfinished epoch. The last phase lasts until the Trainer stops, unless it has a
+    ``monitor`` of its own, whose plateau stops the training.
 
     Args:
         schedule: YAML file, or the mapping of phases ``0, 1, ...``.
@@ -189,7 +192,8 @@ class FinetuningSchedule(MethodCallback):
         self._phase_step, self._phase_epoch = 0, epoch
         self._best: dict[str, float] = {}
         self._waited = self._unseen = 0
-        self._stalled = False
+        self._stalled = self._owes_validation = False
+        self._saved_epoch = 0
 
     @override
     def begin(self, step: int, epoch: int, global_step: int, continues: bool) -> None:
@@ -235,9 +239,42 @@ class FinetuningSchedule(MethodCallback):
         return True
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self._owes_validation:
+            self._make_up_validation(trainer)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        loop = trainer.fit_loop
+        fetcher = loop._data_fetcher
+        self._owes_validation = fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher)
+
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._owes_validation = False
         if not trainer.sanity_checking:
             self._look(trainer)
+
+    def _make_up_validation(self, trainer: Trainer) -> None:
+        """Run the validation that followed the batch at whose end the checkpoint was written: Lightning leaves it out.
+
+        It belongs to the epoch of that batch, which Lightning counts as over.
+        """
+        plateau = self.phases[self._draw_index].plateau
+        self._owes_validation = False
+        if plateau is None or self._stalled:
+            return
+        progress, loop = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.val_loop
+        processed = progress.processed
+        progress.processed = self._saved_epoch
+        trainer.validating = True
+        loop.restarting = False
+        try:
+            loop.run()
+        finally:
+            trainer.training = True
+            progress.processed = processed
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -500,6 +537,8 @@ class FinetuningSchedule(MethodCallback):
             "waited": self._waited,
             "unseen": self._unseen,
             "stalled": self._stalled,
+            "owes_validation": self._owes_validation,
+            "saved_epoch": self._trainer.current_epoch,
         }
 
     @override
