@@ -25,6 +25,7 @@ from lightning_peft import (
     AutoRGN,
     BAdam,
     BitFit,
+    DropBP,
     EmbeddingsAndHead,
     GreenTrainer,
     LastLayer,
@@ -218,6 +219,7 @@ ROWS: dict[str, Row] = {
     "spectrum": Row(lambda: [Spectrum(0.5)], None, lambda s: 1),
     "surgical": Row(lambda: [Surgical(1, 2)], None, lambda s: 1),
     "auto_rgn": Row(lambda: [AutoRGN(num_batches=2)], None, lambda s: -(-s // 6)),
+    "dropbp": Row(lambda: [DropBP(0.4)], lambda: [DropBP(0.0)], lambda s: s),
     "two_methods": Row(
         lambda: [
             LISA(1, period_steps=2, scope="*.[01].*", always=()),
