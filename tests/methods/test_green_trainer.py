@@ -24,7 +24,7 @@ from lightning_peft.core.rng import get_rng_state
 from lightning_peft.errors import ConfigError, EffectError
 from lightning_peft.methods.layers.green_trainer import backward_budget, fill_budget, rehearsed_step, select_tensors
 from lightning_peft.methods.moment import Moment
-from tests.contract.harness import MODELS, TinyModule, loader, trainer, weights
+from tests.contract.harness import MODELS, Probe, TinyModule, loader, trainer, weights
 from tests.contract.test_resume import SaveEveryBatch
 from tests.core.test_flops import CPU_ATTENTION, train_only
 
@@ -426,6 +426,20 @@ def test_never_draws_once_at_the_first_batch(tmp_path: Path) -> None:
     assert len(method.describe()["draws"]) == 1
 
 
+def test_one_draw_lasts_when_the_trainer_is_given_more_epochs(tmp_path: Path) -> None:
+    method = GreenTrainer(0.6, redraw="never")
+    probe = Probe([method])
+    module, data = TinyModule("conv_net"), loader("conv_net", shuffle=False)
+    run = trainer(tmp_path, [method, probe], max_epochs=1)
+    run.fit(module, loader("conv_net"), data)
+    ((_, drawn),) = method.history
+    run.fit_loop.max_epochs = 2
+    run.fit(module, loader("conv_net"), data)
+    assert len(probe.steps) == 12
+    assert len(method.history) == 1
+    assert all(step.planned == step.moved == drawn for step in probe.steps)
+
+
 def test_an_epoch_is_the_default(tmp_path: Path) -> None:
     method = GreenTrainer(0.6)
     trainer(tmp_path, [method], max_epochs=3).fit(
@@ -495,13 +509,24 @@ def test_activation_checkpointing(tmp_path: Path) -> None:
 
 
 def test_inputs_made_to_require_gradients_cost_what_they_cost(tmp_path: Path) -> None:
-    method = GreenTrainer(0.8, redraw="never")
-    with pytest.warns(UserWarning, match="disable_input_require_grads"):
-        trainer(tmp_path, [method], max_steps=1).fit(
-            Checkpointed(forced=True), loader("gqa_decoder"), loader("gqa_decoder", shuffle=False)
-        )
-    report = method.describe()
-    assert report["planned_flops"] == report["measured_flops"] <= report["budget_flops"]
+    """Of the top alone nearly all would fit into the budget, if back-propagation stopped there."""
+    scope = ["head", "*.3.*"]
+    planned = []
+    for forced in (False, True):
+        method = GreenTrainer(0.82, redraw="never", scope=scope)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer(tmp_path, [method], max_steps=1).fit(
+                Checkpointed(forced), loader("gqa_decoder"), loader("gqa_decoder", shuffle=False)
+            )
+        assert forced == any("disable_input_require_grads" in str(each.message) for each in caught)
+        report = method.describe()
+        assert report["planned_flops"] == report["measured_flops"] <= report["budget_flops"]
+        planned.append((report["planned_flops"] / report["full_flops"], len(method.trainable_names)))
+    (little, many), (much, few) = planned
+    assert little < 0.6
+    assert much > 0.78
+    assert few < many
 
 
 def test_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
@@ -516,7 +541,7 @@ def test_a_compiled_model_is_measured_uncompiled(tmp_path: Path) -> None:
     for compiles in (False, True):
         module = TinyModule("conv_net")
         if compiles:
-            module.model.compile(backend="eager")
+            module.model.compile(backend="aot_eager")
         method = GreenTrainer(0.6, redraw=3)
         torch.manual_seed(0)
         trainer(tmp_path, [method], limit_train_batches=8, max_epochs=1).fit(
@@ -525,6 +550,21 @@ def test_a_compiled_model_is_measured_uncompiled(tmp_path: Path) -> None:
         reports.append(method.describe()["draws"])
     assert reports[0] == reports[1]
     assert len(reports[0]) == 2
+
+
+def test_scoring_compiles_nothing(tmp_path: Path) -> None:
+    compiled: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    module = TinyModule("conv_net")
+    module.model.compile(backend=backend)
+    trainer(tmp_path, [GreenTrainer(0.6, redraw="never")], max_steps=2).fit(
+        module, loader("conv_net"), loader("conv_net", shuffle=False)
+    )
+    assert len(compiled) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- mistakes
