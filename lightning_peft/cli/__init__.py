@@ -2,7 +2,8 @@
 
 ``fit | validate | test | predict`` are Lightning's own command line over any LightningModule and LightningDataModule,
 with this package's names known to it (:mod:`lightning_peft.cli.run`); ``methods`` lists the methods
-(:mod:`lightning_peft.cli.methods`). This module decides which of them runs and turns mistakes into a few lines
+(:mod:`lightning_peft.cli.methods`) and ``schedule`` writes a schedule (:mod:`lightning_peft.cli.schedule`). This module
+decides which of them runs and turns mistakes into a few lines
 (:mod:`lightning_peft.cli.diagnose`). It imports nothing heavy, so that help and a mistyped command answer at once.
 
 Exit codes: 0 done, 1 the run failed, 2 the command line or a configuration file is wrong.
@@ -24,7 +25,11 @@ _RUN_COMMANDS = {
     "test": "run one test epoch",
     "predict": "run one prediction epoch",
 }
-_COMMANDS = {**_RUN_COMMANDS, "methods": "list the fine-tuning methods; `methods NAME` shows one whole"}
+_COMMANDS = {
+    **_RUN_COMMANDS,
+    "schedule": "write a fine-tuning schedule of a model, to edit",
+    "methods": "list the fine-tuning methods; `methods NAME` shows one whole",
+}
 
 _HELP = """\
 usage: lightning-peft COMMAND [options]
@@ -73,6 +78,10 @@ def main(args: Sequence[str] | None = None) -> int:
             from lightning_peft.cli.methods import print_methods
 
             return print_methods(args[1:])
+        if command == "schedule":
+            from lightning_peft.cli.schedule import write_schedule
+
+            return write_schedule(args[1:], debug=debug)
         from lightning_peft.cli.run import run
 
         return run(args, debug=debug)

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +28,7 @@ from lightning_peft.errors import ConfigError, LightningPeftError, suggest
 from lightning_peft.methods.base import MethodCallback
 from lightning_peft.report.console import show
 
-__all__ = ["PeftCLI", "before_after_table", "run"]
+__all__ = ["PeftCLI", "before_after_table", "guarded", "run"]
 
 _SEED = 42
 
@@ -43,6 +43,20 @@ def run(args: Sequence[str], debug: bool = False) -> int:
     Returns:
         The exit code: 0 done, 1 the run failed, 2 the configuration is wrong.
     """
+    return guarded(lambda: PeftCLI(args=list(args)), args, debug)
+
+
+def guarded(command: Callable[[], object], args: Sequence[str], debug: bool) -> int:
+    """Run ``command``, a command line over Lightning's options, and turn mistakes into a few lines.
+
+    Args:
+        command: Parses and runs.
+        args: What the user wrote, to show mistakes in.
+        debug: Let errors through with their stack trace.
+
+    Returns:
+        The exit code, as of :func:`run`.
+    """
     # Both are about Lightning's own calls, not the user's.
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     warnings.filterwarnings(
@@ -53,7 +67,7 @@ def run(args: Sequence[str], debug: bool = False) -> int:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # the user's own modules, as with `python -m`
     try:
-        PeftCLI(args=list(args))
+        command()
     except UsageError as error:
         if debug:
             raise

@@ -265,7 +265,8 @@ class FinetuningSchedule(MethodCallback):
         self._owes_validation = False
         if plateau is None or self._stalled:
             return
-        progress, loop = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.val_loop
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        loop = trainer.fit_loop.epoch_loop.val_loop
         processed = progress.processed
         progress.processed = self._saved_epoch
         trainer.validating = True
