@@ -13,8 +13,8 @@ What Lightning's loops ask for, and what follows here:
 * A run with ``max_steps`` that resumes from a checkpoint of ``on_train_epoch_end`` goes through the finished epoch once
   more: without a batch if there is validation, with one batch too many if there is none. The loader refuses that batch
   and goes by the order the batches are due in: after epoch ``k`` comes ``k + 1``, whatever Lightning's number is.
-* A run that ``max_steps`` ended inside an epoch, resumed with a larger ``max_steps``, goes on inside that epoch, although
-  Lightning announces the next one.
+* A run that ``max_steps`` ended inside an epoch, resumed with a larger ``max_steps``, goes on inside that epoch,
+  although Lightning announces the next one.
 * ``iter`` of a plain ``DataLoader`` draws from torch's global generator, hence one more validation run changes the
   dropout masks of the training that follows. A loader of this file never touches the global generator.
 """

@@ -133,8 +133,8 @@ class PowerCut(pl.Callback):
 def test_resume_from_what_is_saved_on_an_exception(row: str, batch: int, tmp_path: Path) -> None:
     """Whatever the order of the callbacks; also from the middle of an accumulation window."""
     expected = fit(tmp_path, "tied_decoder", ROWS[row].make())
+    keep = OnExceptionCheckpoint(tmp_path, "cut")
     with pytest.raises(RuntimeError, match="power cut"):
-        keep = OnExceptionCheckpoint(tmp_path, "cut")
         fit(tmp_path, "tied_decoder", ROWS[row].make(), PowerCut(batch), keep, enable_checkpointing=True)
     result = fit(tmp_path, "tied_decoder", ROWS[row].make(), ckpt=tmp_path / "cut.ckpt")
     assert_same_weights(result[0], expected[0])
