@@ -141,9 +141,8 @@ class FinetuningSchedule(MethodCallback):
 
     @override
     def settings(self) -> dict[str, Any]:
-        settings = super().settings()
-        del settings["schedule"]
-        return {**{f"phase {number}": phase for number, phase in self.schedule.items()}, **settings}
+        phases = {f"phase {number}": phase for number, phase in self.schedule.items()}
+        return {**phases, **super().settings(), "schedule": list(phases)}
 
     # ------------------------------------------------------------------ names
 
