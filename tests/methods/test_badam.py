@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from scipy.stats import chisquare
 from torch import nn
@@ -681,3 +682,28 @@ def test_two_processes_in_bfloat16(tmp_path: Path) -> None:
             assert_same_weights(resumed["weights"], rank["weights"])
             for name, master in rank["masters"].items():
                 assert torch.equal(resumed["masters"][name], master)
+
+
+class PowerCut(pl.Callback):
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 == 9:
+            raise RuntimeError("power cut")
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*was called without a model", "ignore:.*no last checkpoint available", "ignore:Checkpoint directory"
+)
+def test_masters_are_in_what_is_saved_on_an_exception(tmp_path: Path) -> None:
+    def fit(*callbacks: pl.Callback, ckpt: Path | None = None) -> dict[str, torch.Tensor]:
+        torch.manual_seed(5 if ckpt is None else 77)
+        module = Grouped("gqa_decoder")
+        run = trainer(tmp_path, [make_ascending(), *callbacks], precision="bf16-true", enable_checkpointing=True)
+        run.fit(module, loader("gqa_decoder"), loader("gqa_decoder", shuffle=False), ckpt_path=ckpt)
+        return weights(module)
+
+    expected = fit()
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(PowerCut(), OnExceptionCheckpoint(tmp_path, "cut"))
+    saved = torch.load(tmp_path / "cut.ckpt", weights_only=True)
+    assert any(state["method_state"]["masters"] for key, state in saved["callbacks"].items() if "BAdam" in key)
+    assert_same_weights(fit(ckpt=tmp_path / "cut.ckpt"), expected)

@@ -130,6 +130,7 @@ class BAdam(MethodCallback):
         self.start_block = None if start_block is None else int(start_block)
         self._masters: MasterWeights | None = None
         self._saved_masters: dict[str, Any] = {}
+        self._last_masters: dict[str, Any] = {}
         self._visit: int | None = None
 
     @override
@@ -154,6 +155,7 @@ class BAdam(MethodCallback):
         if low:
             _check_masters_can_work(trainer, self.label, low[0], parameters[low[0]].dtype)
         self._masters = MasterWeights(parameters, trainer.strategy.optimizers)
+        self._last_masters = {}
         self._visit = None
 
     @override
@@ -188,13 +190,14 @@ class BAdam(MethodCallback):
     @override
     def finished(self) -> None:
         if self._masters is not None:
+            self._last_masters = self._masters.state_dict()  # for what is saved on an exception or after the fit
             self._masters.release()
         self._masters = None
         self._saved_masters = {}
 
     @override
     def method_state(self) -> dict[str, Any]:
-        return {"masters": {} if self._masters is None else self._masters.state_dict()}
+        return {"masters": self._last_masters if self._masters is None else self._masters.state_dict()}
 
     @override
     def load_method_state(self, state: dict[str, Any]) -> None:
