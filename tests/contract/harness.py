@@ -27,6 +27,8 @@ from lightning_peft import (
     BitFit,
     DropBP,
     EmbeddingsAndHead,
+    FinetuningSchedule,
+    GradualUnfreezing,
     GreenTrainer,
     LastLayer,
     RandomTuning,
@@ -178,6 +180,45 @@ class Row:
     draws: Callable[[int], int]
 
 
+# Thaws, refreezes and overlaps; ends by steps and by epoch; rates, options and a scheduler of phases' own.
+PHASES: dict[int, Any] = {
+    0: {"params": ["head", "norms"], "max_steps": 2, "lr": 0.02},
+    1: {"params": ["*.[23].*"], "freeze": ["norms"], "max_transition_epoch": 1, "lr": 0.03},
+    2: {
+        "only": ["*.[01].*", "*.3.*"],
+        "max_steps": 3,
+        "lr": 0.04,
+        "optimizer_options": {"weight_decay": 0.2},
+        "new_lr_scheduler": {
+            "lr_scheduler_init": {
+                "class_path": "torch.optim.lr_scheduler.StepLR",
+                "init_args": {"step_size": 2, "gamma": 0.7},
+            },
+            "pl_lrs_cfg": {"interval": "step"},
+        },
+    },
+    3: {"params": ["head", "embeddings", "norms"], "freeze": ["*.1.*"], "lr": 0.02},
+}
+ALL_PHASES: dict[int, Any] = {0: {"params": ["all"], "max_steps": 4}, 1: {"params": ["all"]}}
+REPLACING_PHASES: dict[int, Any] = {
+    0: {"params": ["head", "blocks"], "max_steps": 3},
+    1: {
+        "freeze": ["*.[02].*"],
+        "max_steps": 4,
+        "new_optimizer": {
+            "optimizer_init": {
+                "class_path": "torch.optim.SGD",
+                "init_args": {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1},
+            }
+        },
+    },
+    2: {
+        "params": ["*.2.*", "norms"],
+        "lr": 2e-3,
+        "new_optimizer": {"optimizer_init": {"class_path": "torch.optim.Adamax", "init_args": {"lr": 1e-3}}},
+    },
+}
+
 ROWS: dict[str, Row] = {
     "lisa": Row(lambda: [LISA(2, period_steps=3)], lambda: [LISA(NUM_LAYERS, period_steps=3)], lambda s: -(-s // 3)),
     "lisa_keep": Row(lambda: [LISA(1, period_steps=2, state="keep")], None, lambda s: -(-s // 2)),
@@ -215,6 +256,12 @@ ROWS: dict[str, Row] = {
     "random_tuning_redraw": Row(
         lambda: [RandomTuning(0.3, redraw=2)], lambda: [RandomTuning(1.0, redraw=2)], lambda s: -(-s // 2)
     ),
+    "gradual_unfreezing": Row(lambda: [GradualUnfreezing()], None, lambda s: -(-s // 6)),
+    "gradual_unfreezing_slanted": Row(
+        lambda: [GradualUnfreezing(period_steps=3, blocks_per_group=2, slanted_triangular=True)], None, lambda s: 4
+    ),
+    "schedule": Row(lambda: [FinetuningSchedule(PHASES)], lambda: [FinetuningSchedule(ALL_PHASES)], lambda s: 4),
+    "schedule_replacing": Row(lambda: [FinetuningSchedule(REPLACING_PHASES, state="offload")], None, lambda s: 3),
     "rift": Row(lambda: [RiFT(epochs=1, num_batches=2, interpolation_steps=4, score_on="train")], None, lambda s: 1),
     "spectrum": Row(lambda: [Spectrum(0.5)], None, lambda s: 1),
     "surgical": Row(lambda: [Surgical(1, 2)], None, lambda s: 1),
