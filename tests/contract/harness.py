@@ -182,12 +182,12 @@ class Row:
 
 # Thaws, refreezes and overlaps; ends by steps and by epoch; rates, options and a scheduler of phases' own.
 PHASES: dict[int, Any] = {
-    0: {"params": ["head", "norms"], "max_steps": 2, "lr": 0.02},
-    1: {"params": ["*.[23].*"], "freeze": ["norms"], "max_transition_epoch": 1, "lr": 0.03},
+    0: {"params": ["head", "norms"], "max_steps": 2, "lr": 0.002},
+    1: {"params": ["*.[23].*"], "freeze": ["norms"], "max_transition_epoch": 1, "lr": 0.003},
     2: {
         "only": ["*.[01].*", "*.3.*"],
         "max_steps": 3,
-        "lr": 0.04,
+        "lr": 0.004,
         "optimizer_options": {"weight_decay": 0.2},
         "new_lr_scheduler": {
             "lr_scheduler_init": {
@@ -197,7 +197,7 @@ PHASES: dict[int, Any] = {
             "pl_lrs_cfg": {"interval": "step"},
         },
     },
-    3: {"params": ["head", "embeddings", "norms"], "freeze": ["*.1.*"], "lr": 0.02},
+    3: {"params": ["head", "embeddings", "norms"], "freeze": ["*.1.*"], "lr": 0.002},
 }
 ALL_PHASES: dict[int, Any] = {0: {"params": ["all"], "max_steps": 4}, 1: {"params": ["all"]}}
 REPLACING_PHASES: dict[int, Any] = {

@@ -31,7 +31,8 @@ def assert_same_gradients(left: list[dict[str, torch.Tensor]], right: list[dict[
     for step, (ours, theirs) in enumerate(zip(left, right, strict=True)):
         assert ours.keys() == theirs.keys()
         for name in ours:
-            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-6, msg=f"step {step}, {name}")
+            where = f"step {step}, {name}: "
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-6, msg=where.__add__)
 
 
 @pytest.mark.parametrize(("row", "accumulate"), ddp_probe.CASES)
