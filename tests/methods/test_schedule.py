@@ -552,6 +552,54 @@ def test_resume_from_every_moment_with_plateau_counters(val_check_interval: floa
         assert found[1:] == expected[1:], path.name
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Checkpoint directory")
+def test_resume_on_the_command_line(tmp_path: Path) -> None:
+    """``--ckpt_path`` in the middle of a schedule that replaces the scheduler, from the middle of an epoch too."""
+    step = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 1, "gamma": 0.5}}
+    schedule = {
+        0: {"params": ["head"], "max_steps": 2, "lr": 0.02},
+        1: {
+            "params": ["*.3.*"],
+            "lr": 0.03,
+            "max_transition_epoch": 1,
+            "new_lr_scheduler": {"lr_scheduler_init": step},
+        },
+        2: {"params": ["blocks"], "freeze": ["head"], "lr": 0.01},
+    }
+    (tmp_path / "schedule.yaml").write_text(yaml.safe_dump(schedule))
+
+    def run(name: str, *args: str) -> dict[str, Any]:
+        saving = {"dirpath": str(tmp_path / name), "every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"}
+        callbacks = [
+            {"class_path": "FinetuningSchedule", "init_args": {"schedule": str(tmp_path / "schedule.yaml")}},
+            {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saving},
+        ]
+        config = {
+            "model": {"class_path": "tests.contract.harness.TinyModule", "init_args": {"model": "gqa_decoder"}},
+            "data": {"class_path": "tests.methods.tiny_data.TinyData"},
+            "trainer": {
+                "accelerator": "cpu",
+                "max_epochs": 3,
+                "logger": False,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "accumulate_grad_batches": 2,
+                "callbacks": callbacks,
+            },
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        assert main(["fit", "--config", str(path), *args]) == 0
+        return torch.load(tmp_path / name / "step=18.ckpt", weights_only=True)
+
+    expected = run("whole")
+    for step_done in (1, 2, 4, 6, 7, 11, 12):
+        found = run(f"from{step_done}", f"--ckpt_path={tmp_path / 'whole' / f'step={step_done}.ckpt'}")
+        assert_same_weights(found["state_dict"], expected["state_dict"])
+        rates = [[group["lr"] for group in each["optimizer_states"][0]["param_groups"]] for each in (found, expected)]
+        assert rates[0] == rates[1]
+
+
 def test_a_checkpoint_of_another_schedule_or_of_none_is_refused(tmp_path: Path) -> None:
     saver = SaveEveryBatch(tmp_path)
     fit(tmp_path, BASE, saver, max_epochs=1)
