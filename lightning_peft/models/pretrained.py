@@ -182,7 +182,7 @@ def load_model(
         config: The architecture.
         dtype: Dtype of the weights in memory; ``auto`` takes the checkpoint's.
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ...; None lets transformers choose.
-        gradient_checkpointing: Recompute each block in the backward pass (non-reentrant).
+        gradient_checkpointing: Recompute blocks in the backward pass (non-reentrant), from the lowest one that trains.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether code from the hub may run.
         new_head: Weights missing from the checkpoint are expected (a new classification head), so no warning.
@@ -211,6 +211,9 @@ def load_model(
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         else:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers makes the embeddings' output require a gradient, which only reentrant checkpointing needs: every
+        # step would recompute and go back through all blocks, frozen ones at the bottom too.
+        model.disable_input_require_grads()
     return model.train()  # from_pretrained leaves dropout off, and the Trainer keeps the mode it finds
 
 

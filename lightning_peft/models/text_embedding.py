@@ -82,7 +82,8 @@ class TextEmbedding(PretrainedModule):
         dtype: Dtype of the weights in memory. ``float32`` trains best with ``trainer.precision=bf16-mixed``;
             ``bfloat16`` halves memory and rounds small updates away; ``auto`` is the checkpoint's own.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``, ...; None lets transformers choose.
-        gradient_checkpointing: Recompute each block in the backward pass: less memory, about a third more compute.
+        gradient_checkpointing: Recompute blocks in the backward pass, from the lowest that trains on: less memory,
+            about a third more compute.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run model code from the hub.
         expected_sha256: sha256 of ``model.safetensors``, checked before loading.
