@@ -24,10 +24,11 @@ class Batches(pl.Callback):
         self.seen.append(batch[0].tolist())
 
 
-def fit(out: Path, **kw: Any) -> dict[str, Any]:
+def fit(out: Path, score_on: Any, **kw: Any) -> dict[str, Any]:
     torch.manual_seed(100)
     module, batches = Quiet(MODEL), Batches()
-    method = IST(0.5, score_period_steps=2, scope="blocks")
+    samples = None if score_on == "batch" else 6
+    method = IST(0.5, score_period_steps=2, scope="blocks", score_on=score_on, score_samples=samples)
     run = trainer(
         out, [method, batches], limit_val_batches=0, use_distributed_sampler=False, accumulate_grad_batches=1, **kw
     )
@@ -43,7 +44,7 @@ def fit(out: Path, **kw: Any) -> dict[str, Any]:
 
 
 def main(out: Path) -> None:
-    results = fit(out, devices=2, strategy="ddp")
+    results = {score_on: fit(out, score_on, devices=2, strategy="ddp") for score_on in ("batch", "train")}
     torch.save(results, out / f"rank{os.environ['RANK']}.pt")
 
 

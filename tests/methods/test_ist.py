@@ -528,6 +528,9 @@ class Rich(pl.LightningModule):
         self.average += loss.detach()
         return loss
 
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        pass
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
@@ -581,21 +584,23 @@ class Dicts(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(index)
-        return {"x": torch.randn(6, generator=generator), "y": torch.tensor(index % 3)}
+        noise = 0.1 * torch.rand(()) + 0.1 * random.random()  # augmentation from the global random states
+        return {"x": torch.randn(6, generator=generator) + noise, "y": torch.tensor(index % 3)}
 
 
 @pytest.mark.filterwarnings("ignore:Found 5 module")
+@pytest.mark.parametrize("score_on", ["batch", "train", "val"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_scoring_leaves_no_trace(accumulate: int, tmp_path: Path) -> None:
+def test_scoring_leaves_no_trace(accumulate: int, score_on: Any, tmp_path: Path) -> None:
     results = []
     for cls in (Quiet, Ignoring):
         random.seed(0)
         np.random.seed(0)
         torch.manual_seed(0)
         module, log = Rich(), Log()
-        method = cls(0.5, score_period_steps=1, scope="blocks", always=("embeddings", "head"))
+        method = cls(0.5, score_period_steps=1, score_on=score_on, scope="blocks", always=("embeddings", "head"))
         run = trainer(tmp_path, [method, log], accumulate_grad_batches=accumulate)
-        run.fit(module, DataLoader(Dicts(), batch_size=4, shuffle=True))
+        run.fit(module, DataLoader(Dicts(), batch_size=4, shuffle=True), DataLoader(Dicts(), batch_size=4))
         state = run.optimizers[0].state_dict()["state"]
         results.append((weights(module), log.rows, state, method.history, torch.get_rng_state()))
         if isinstance(method, Ignoring):
@@ -630,7 +635,7 @@ def test_an_exception_while_scoring_leaves_no_trace_either(tmp_path: Path) -> No
     method = IST(0.5, score_period_steps=1, scope="blocks")
     run = trainer(tmp_path, [method, Before()], accumulate_grad_batches=1)
     with pytest.raises(RuntimeError, match="stop in scoring"):
-        run.fit(module, DataLoader(Dicts(), batch_size=4))
+        run.fit(module, DataLoader(Dicts(), batch_size=4), DataLoader(Dicts(), batch_size=4))
     assert len(states) == 1
     assert_same_weights(weights(module), states[0][0])
     assert module.count == states[0][2] == 1
@@ -652,10 +657,12 @@ class SaveEveryBatch(pl.Callback):
         self.paths.append(path)
 
 
-def test_scores_are_in_the_checkpoint_and_resume_exactly(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("score_on", "score_samples"), [("batch", None), ("train", 5), ("val", None)])
+def test_scores_are_in_the_checkpoint_and_resume_exactly(score_on: Any, score_samples: Any, tmp_path: Path) -> None:
     def fit(*callbacks: pl.Callback, ckpt: Path | None = None) -> tuple[Any, ...]:
         torch.manual_seed(5 if ckpt is None else 77)
-        module, method = Adapted("dora"), IST(0.5, score_period_steps=2)
+        module = Adapted("dora")
+        method = IST(0.5, score_period_steps=2, score_on=score_on, score_samples=score_samples)
         run = trainer(tmp_path, [method, *callbacks])
         run.fit(module, loader("gqa_decoder"), loader("gqa_decoder", shuffle=False), ckpt_path=ckpt)
         return weights(module), method.importance, method.history
@@ -677,14 +684,78 @@ def test_scores_are_in_the_checkpoint_and_resume_exactly(tmp_path: Path) -> None
 def test_two_processes_hold_the_same_scores(tmp_path: Path) -> None:
     """Each rank has its own data; the scores are those of one process on the joined batch."""
     launch(Path(ist_ddp_probe.__file__), str(tmp_path))
-    left, right = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
-    single = ist_ddp_probe.fit(tmp_path)
-    assert left["batches"] != right["batches"]
-    assert torch.equal(left["importance"], right["importance"])
-    assert bool(left["importance"].any())
-    assert left["history"] == right["history"] == single["history"]
-    torch.testing.assert_close(left["importance"], single["importance"], rtol=0, atol=1e-4)
-    assert_same_weights(left["weights"], right["weights"])
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    for score_on, left in ranks[0].items():
+        right, single = ranks[1][score_on], ist_ddp_probe.fit(tmp_path, score_on)
+        assert left["batches"] != right["batches"]
+        assert torch.equal(left["importance"], right["importance"])
+        assert bool(left["importance"].any())
+        assert left["history"] == right["history"] == single["history"]
+        torch.testing.assert_close(left["importance"], single["importance"], rtol=0, atol=1e-4)
+        assert_same_weights(left["weights"], right["weights"])
+    assert not torch.equal(ranks[0]["batch"]["importance"], ranks[0]["train"]["importance"])
+
+
+class Samples(TinyModule):
+    """Notes the samples of every scoring pass."""
+
+    def __init__(self) -> None:
+        super().__init__("gqa_decoder")
+        object.__setattr__(self, "seen", Rows())
+
+    def training_step(self, batch: Sequence[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        if not self.training:
+            seen: Rows = self.seen  # pyright: ignore[reportAssignmentType]
+            seen.rounds.setdefault(self.trainer.global_step, []).append([tuple(row) for row in batch[0].tolist()])
+        return super().training_step(batch, batch_idx)
+
+
+class Rows:
+    def __init__(self) -> None:
+        self.rounds: dict[int, list[list[Any]]] = {}
+
+
+@pytest.mark.parametrize(
+    ("score_on", "score_samples", "count"), [("train", 3, 3), ("val", None, 16), ("train", 99, 22)]
+)
+def test_scoring_on_samples_of_its_own(score_on: Any, score_samples: int | None, count: int, tmp_path: Path) -> None:
+    """So many, of the right data set, the same for all candidates of a round, others in the next."""
+    held_out = TensorDataset((torch.arange(140) * torch.arange(140) // 3 % 19).reshape(20, 7), torch.zeros(20))
+    train, val = loader("gqa_decoder"), DataLoader(held_out, batch_size=2)
+    module = Samples()
+    method = IST(0.5, score_period_steps=2, scope="blocks", score_on=score_on, score_samples=score_samples)
+    # The first validation comes after the first round: the loader is made for scoring.
+    run = trainer(tmp_path, [method], accumulate_grad_batches=1, check_val_every_n_epoch=2)
+    run.fit(module, train, val)
+    source: Any = train.dataset if score_on == "train" else val.dataset
+    allowed = {tuple(row) for row in source.tensors[0].tolist()}
+    rounds: Any = module.seen.rounds  # pyright: ignore[reportAttributeAccessIssue]
+    assert list(rounds) == list(range(2, run.global_step, 2))
+    for passes in rounds.values():
+        assert len(passes) == 3
+        assert passes[0] == passes[1] == passes[2]
+        assert len(passes[0]) == len(set(passes[0])) == count
+        assert set(passes[0]) <= allowed
+    assert len({tuple(passes[0]) for passes in rounds.values()}) == len(rounds)
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Any:
+        while True:
+            yield torch.zeros(7, dtype=torch.long), torch.tensor(0)
+
+
+def test_sources_that_cannot_be_sampled(tmp_path: Path) -> None:
+    train, val = loader("gqa_decoder"), loader("gqa_decoder", shuffle=False)
+    module, endless = TinyModule("gqa_decoder"), DataLoader(Endless(), batch_size=2)
+    method = IST(scope="blocks", score_period_steps=1, score_on="val")
+    run = trainer(tmp_path, [method], limit_val_batches=0, max_steps=3)
+    with pytest.raises(ConfigError, match=r"IST\(score_on='val'\) needs held-out data.*score_on='train'"):
+        run.fit(module, train, val)
+    method = IST(scope="blocks", score_period_steps=1, score_on="train")
+    run = trainer(tmp_path, [method], val_check_interval=50, max_steps=3)
+    with pytest.raises(ConfigError, match="data set with a length"):
+        run.fit(module, endless, val)
 
 
 def save_llama(folder: Path) -> None:
@@ -727,6 +798,9 @@ def test_mistakes_are_told_together() -> None:
         ("score_period_steps", 0),
         ("score_lr", math.nan),
         ("fraction", "half"),
+        ("score_on", "validation"),
+        ("score_samples", 0),
+        ("score_samples", 4),  # on the batch about to be trained on
     ]:
         with pytest.raises(ConfigError, match=argument):
             IST(**{argument: value})

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from math import comb
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,20 @@ from typing_extensions import override
 from lightning_peft.core.blocks import Structure
 from lightning_peft.core.draw import Draw, draw_generator
 from lightning_peft.core.trainable import StatePolicy
-from lightning_peft.errors import ConfigError, EffectError, ScopeError
+from lightning_peft.errors import ConfigError, EffectError, ScopeError, suggest
 from lightning_peft.methods.arguments import is_fraction, is_number, is_whole
 from lightning_peft.methods.base import MethodCallback, units_by_block
+from lightning_peft.methods.batches import sample_batches, source_loaders
 from lightning_peft.methods.moment import Moment
 from lightning_peft.methods.scoring import mean_over_ranks, scoring_loss, without_trace
 
-__all__ = ["IST", "draw_subsets", "suppressed", "updated_importance"]
+__all__ = ["IST", "ScoreOn", "draw_subsets", "suppressed", "updated_importance"]
 
+ScoreOn = Literal["batch", "train", "val"]
+"""What a round scores on: the batch about to be trained on, or a batch of its own drawn from a loader's data set."""
 
 _PATIENCE = 50
+_SCORE_SAMPLES = 16  # of the authors' code
 
 
 def _odds(scores: Tensor) -> Tensor:
@@ -145,13 +149,19 @@ class IST(MethodCallback):
         num_candidates: Damped sets per round, each different, at least 2.
         suppression: Factor on a damped layer's response, in ``[0, 1)`` (the paper's beta).
         score_lr: Step size of the scores (the paper's mu).
+        score_on: ``"batch"``: the batch about to be trained on, which costs no further data. ``"train"`` or ``"val"``:
+            samples drawn for each round from the data set of the training loader or of the first validation loader, by
+            index, beside the loader: neither its order nor its position changes.
+        score_samples: Samples of a round with ``"train"`` or ``"val"``, over all processes together; None: 16, as in
+            the authors' code. The batch about to be trained on has a size already.
         scope: What trains: ``"adapters"``, ``"blocks"``, or any scope; its layers are the blocks it lies in.
         always: What trains all the time beside it.
         state: What becomes of optimizer state of resting layers.
         seed: Seed of the draws, the same on all ranks.
 
     Raises:
-        ConfigError: If a number is out of range.
+        ConfigError: If a number is out of range. From the fit, if ``score_on`` needs a loader that the fit has not, or
+            a data set that has no length.
         ScopeError: From the fit, if the scope has fewer than two layers, or a parameter outside all layers.
         EffectError: From the fit, if a damped loss is no number.
 
@@ -166,8 +176,9 @@ class IST(MethodCallback):
         arXiv:2410.11772, Algorithm 1; constants as in the authors' code.
 
     Differs from the paper:
-        Scores are importance: the authors' code keeps the negated value under that name. A round scores on the batch
-        about to be trained on, averaged over all ranks, instead of 16 fresh samples. The damped response is that of
+        Scores are importance: the authors' code keeps the negated value under that name. By default a round scores on
+        the batch about to be trained on, averaged over all ranks; the authors draw 16 training samples, as
+        ``score_on="train"`` does. The damped response is that of
         the layer's adapters taken together, for any kind of adapter.
     """
 
@@ -180,6 +191,8 @@ class IST(MethodCallback):
         num_candidates: int = 3,
         suppression: float = 0.25,
         score_lr: float = 10.0,
+        score_on: ScoreOn = "batch",
+        score_samples: int | None = None,
         scope: str | list[str] = "adapters",
         always: Sequence[str] = (),
         state: StatePolicy = "keep",
@@ -203,6 +216,15 @@ class IST(MethodCallback):
             )
             if not ok
         ]
+        if score_on not in get_args(ScoreOn):
+            problems.append(f"score_on={score_on!r}: {suggest(str(score_on), get_args(ScoreOn))}".removesuffix("."))
+        if score_samples is not None and not is_whole(score_samples, least=1):
+            problems.append(f"score_samples={score_samples!r} must be in 1, 2, ..., or None")
+        elif score_samples is not None and score_on == "batch":
+            problems.append(
+                f"score_samples={score_samples!r} has no effect with score_on='batch', whose size is the loader's "
+                "(take 'train' or 'val')"
+            )
         if problems:
             raise ConfigError(f"IST: {'; '.join(problems)}.")
         super().__init__(scope=scope, always=always, redraw=int(period_steps), state=state, seed=seed)
@@ -213,6 +235,8 @@ class IST(MethodCallback):
         self.num_candidates = int(num_candidates)
         self.suppression = float(suppression)
         self.score_lr = float(score_lr)
+        self.score_on: ScoreOn = score_on
+        self.score_samples = None if score_samples is None else int(score_samples)
         self.importance = torch.zeros(0)
 
     @override
@@ -243,11 +267,21 @@ class IST(MethodCallback):
         losses = []
         with without_trace(moment.pl_module), torch.no_grad():
             moment.pl_module.eval()
+            batch = self._batch(moment)
             for subset in subsets:
                 with suppressed([layer for index in subset for layer in self._layers[index]], self.suppression):
-                    losses.append(scoring_loss(moment.trainer, moment.pl_module, moment.batch, moment.batch_idx))
+                    losses.append(scoring_loss(moment.trainer, moment.pl_module, batch, moment.batch_idx))
         mean = mean_over_ranks(torch.stack([loss.detach().float() for loss in losses])).cpu().double()
         self.importance = updated_importance(self.importance, subsets, mean, self.score_lr)
+
+    def _batch(self, moment: Moment) -> Any:
+        """The batch of a round: a pure function of seed and step, so that a resumed run scores on the same one."""
+        if self.score_on == "batch":
+            return moment.batch
+        loaders = source_loaders(moment.trainer, self.score_on, "IST")
+        generator = draw_generator(self.seed, moment.step, "scored samples")
+        (batch,) = sample_batches(moment.trainer, loaders, 1, generator, self.score_samples or _SCORE_SAMPLES)
+        return batch
 
     @override
     def method_state(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -21,15 +21,12 @@ from lightning_peft.core.draw import Draw, draw_generator
 from lightning_peft.errors import ConfigError, ScopeError, suggest
 from lightning_peft.methods.arguments import is_fraction, is_number, is_whole
 from lightning_peft.methods.base import MethodCallback
-from lightning_peft.methods.batches import sample_batches
+from lightning_peft.methods.batches import DataSource, sample_batches, source_loaders
 from lightning_peft.methods.layers.hft import unit_of
 from lightning_peft.methods.moment import Moment
 from lightning_peft.methods.scoring import mean_over_ranks, scoring_gradients, scoring_loss, without_trace
 
-__all__ = ["RiFT", "ScoreOn", "best_interpolation", "interpolate", "projected", "robust_criticality"]
-
-ScoreOn = Literal["val", "train"]
-"""Which of the Trainer's loaders held-out samples come from."""
+__all__ = ["RiFT", "best_interpolation", "interpolate", "projected", "robust_criticality"]
 
 
 def projected(change: Tensor, weight: Tensor, radius: float) -> Tensor:
@@ -181,7 +178,7 @@ class RiFT(MethodCallback):
         ascent_lr: float = 1.0,
         num_batches: int = 8,
         interpolation_steps: int = 10,
-        score_on: ScoreOn = "val",
+        score_on: DataSource = "val",
         scope: str | list[str] = "blocks",
         always: Sequence[str] = (),
         seed: int = 0,
@@ -195,8 +192,8 @@ class RiFT(MethodCallback):
             ("interpolation_steps", interpolation_steps, is_whole(interpolation_steps, least=0), "0, 1, 2, ..."),
         )
         problems = [f"{name}={value!r} must be {wanted}" for name, value, ok, wanted in checks if not ok]
-        if score_on not in get_args(ScoreOn):
-            problems.append(f"score_on={score_on!r}: {suggest(str(score_on), get_args(ScoreOn))}")
+        if score_on not in get_args(DataSource):
+            problems.append(f"score_on={score_on!r}: {suggest(str(score_on), get_args(DataSource))}")
         if problems:
             raise ConfigError(f"RiFT: {'; '.join(problems)}")
         self.radius = float(radius)
@@ -204,7 +201,7 @@ class RiFT(MethodCallback):
         self.ascent_lr = float(ascent_lr)
         self.num_batches = int(num_batches)
         self.interpolation_steps = int(interpolation_steps)
-        self.score_on: ScoreOn = score_on
+        self.score_on: DataSource = score_on
         self._forget()
 
     def _forget(self) -> None:
@@ -221,6 +218,11 @@ class RiFT(MethodCallback):
     def alpha(self) -> float | None:
         """Where between before (0) and fine-tuned (1) the last fit ended; None before."""
         return self._alpha
+
+    @property
+    @override
+    def needs_whole_parameters(self) -> bool:
+        return True
 
     @property
     @override
@@ -280,14 +282,7 @@ class RiFT(MethodCallback):
 
     def _held_out(self, trainer: Trainer) -> list[Any]:
         """The same held-out batches whenever they are asked for."""
-        loaders = trainer.val_dataloaders if self.score_on == "val" else trainer.train_dataloader
-        if self.score_on == "val" and isinstance(loaders, list):
-            loaders = loaders[0] if loaders else None
-        if loaders is None:
-            raise ConfigError(
-                "RiFT(score_on='val') needs held-out data, and this fit has no validation loader (or "
-                "limit_val_batches=0). Give it one, or take score_on='train'."
-            )
+        loaders = source_loaders(trainer, self.score_on, "RiFT")
         return sample_batches(trainer, loaders, self.num_batches, draw_generator(self.seed, 0, "held out"))
 
     def _attacked(self, pl_module: LightningModule, batches: Sequence[Any]) -> list[Any] | None:
