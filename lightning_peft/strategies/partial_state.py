@@ -319,11 +319,12 @@ def _check_files(strategy: ModelParallelStrategy, path: Path, metadata: Metadata
     if dist.is_initialized():
         everywhere = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everywhere, missing)
-    absent = {name: rank for rank, names in enumerate(everywhere) for name in names}
+    absent = sorted({name for names in everywhere for name in names})
     if absent:
+        ranks = [rank for rank, names in enumerate(everywhere) if names]
         raise ConfigError(
-            f"The sharded checkpoint {str(path)!r} is not whole: {', '.join(sorted(absent))} missing (seen from rank "
-            f"{min(absent.values())}). Every rank needs all {len(files)} files."
+            f"The sharded checkpoint {str(path)!r} is not whole: rank(s) {', '.join(map(str, ranks))} cannot see "
+            f"{', '.join(absent)}. Every rank needs all {len(files)} files."
         )
 
 
@@ -348,7 +349,7 @@ def _load_sharded_optimizer(
             flat[key] = torch.zeros(entry.size, dtype=dtype)
     if not flat:
         raise _no_optimizer_state(path)
-    load(flat, checkpoint_id=path, planner=DefaultLoadPlanner(flatten_state_dict=False))
+    load(flat, checkpoint_id=path, planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False))
     state: dict[str, Any] = {}
     groups: Any = []
     for key, value in flat.items():
