@@ -30,6 +30,7 @@ _PUBLIC: dict[str, str] = {
     "Surgical": "lightning_peft.methods.layers.surgical",
     "AutoRGN": "lightning_peft.methods.layers.auto_rgn",
     "DropBP": "lightning_peft.methods.layers.dropbp",
+    "CoFiTune": "lightning_peft.methods.layers.cofitune",
     # reports
     "TrainableTable": "lightning_peft.report.table",
     "TrainingLedger": "lightning_peft.report.ledger_plot",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from lightning_peft.methods.layers.auto_rgn import AutoRGN
     from lightning_peft.methods.layers.badam import BAdam
     from lightning_peft.methods.layers.bitfit import BitFit
+    from lightning_peft.methods.layers.cofitune import CoFiTune
     from lightning_peft.methods.layers.dropbp import DropBP
     from lightning_peft.methods.layers.embeddings_and_head import EmbeddingsAndHead
     from lightning_peft.methods.layers.gradual_unfreezing import GradualUnfreezing

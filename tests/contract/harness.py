@@ -25,6 +25,7 @@ from lightning_peft import (
     AutoRGN,
     BAdam,
     BitFit,
+    CoFiTune,
     DropBP,
     EmbeddingsAndHead,
     FinetuningSchedule,
@@ -267,6 +268,12 @@ ROWS: dict[str, Row] = {
     "surgical": Row(lambda: [Surgical(1, 2)], None, lambda s: 1),
     "auto_rgn": Row(lambda: [AutoRGN(num_batches=2)], None, lambda s: -(-s // 6)),
     "dropbp": Row(lambda: [DropBP(0.4)], lambda: [DropBP(0.0)], lambda s: s),
+    "cofitune": Row(lambda: [CoFiTune(modules=["ffn"], num_batches=2)], None, lambda s: 1),
+    "cofitune_coarse": Row(
+        lambda: [CoFiTune((0.5, 1.0), ["ffn"], soft_mask="none")],
+        lambda: [CoFiTune((0.0, 1.0), ["all"], soft_mask="none", always=("embeddings", "head", "norms"))],
+        lambda s: 1,
+    ),
     "two_methods": Row(
         lambda: [
             LISA(1, period_steps=2, scope="*.[01].*", always=()),
