@@ -31,6 +31,8 @@ _PUBLIC: dict[str, str] = {
     "AutoRGN": "lightning_peft.methods.layers.auto_rgn",
     "DropBP": "lightning_peft.methods.layers.dropbp",
     "CoFiTune": "lightning_peft.methods.layers.cofitune",
+    # quantised base weights
+    "QuantizedPrecision": "lightning_peft.precision.plugin",
     # reports
     "TrainableTable": "lightning_peft.report.table",
     "TrainingLedger": "lightning_peft.report.ledger_plot",
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from lightning_peft.models.optimizer import WarmupSchedule
     from lightning_peft.models.sequence_classification import SequenceClassification
     from lightning_peft.models.text_embedding import TextEmbedding
+    from lightning_peft.precision.plugin import QuantizedPrecision
     from lightning_peft.report.ledger_plot import TrainingLedger
     from lightning_peft.report.table import TrainableTable
 

@@ -22,9 +22,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_peft.core.blocks import ROLES, Structure
+from lightning_peft.core.quantized import is_quantized
 from lightning_peft.errors import ScopeError, suggest
 
-__all__ = ["Scope", "resolve_scope"]
+__all__ = ["Scope", "match_names", "resolve_scope"]
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,14 @@ def resolve_scope(scope: str | Sequence[str], structure: Structure, *, argument:
     for entry in entries:
         negative = entry.startswith("!")
         wanted = entry[1:] if negative else entry
-        matched = _match(wanted, structure)
+        matched = match_names(wanted, structure)
         if not matched and wanted not in ROLES:
             raise ScopeError(_no_match(wanted, structure, argument))
         if negative:
             for name in matched:
                 chosen.pop(name, None)
             continue
-        trainable = [name for name in matched if _is_float(structure, name)]
+        trainable = [name for name in matched if not is_quantized(structure.parameters[name])]
         if matched and not trainable:
             raise ScopeError(
                 f"{argument}={entry!r} matches only integer tensors such as {matched[0]!r} "
@@ -83,12 +84,12 @@ def resolve_scope(scope: str | Sequence[str], structure: Structure, *, argument:
     return Scope(names, frozenset(name for name, explicit in chosen.items() if explicit))
 
 
-def _is_float(structure: Structure, name: str) -> bool:
-    dtype = structure.parameters[name].dtype
-    return dtype.is_floating_point or dtype.is_complex
+def match_names(entry: str, structure: Structure) -> list[str]:
+    """Return the canonical names that one entry matches, quantised tensors too; none if it matches nothing.
 
-
-def _match(entry: str, structure: Structure) -> list[str]:
+    Raises:
+        ScopeError: If a regular expression is not valid.
+    """
     if entry in ROLES:
         return list(structure.roles[entry])
     aliases = structure.aliases
