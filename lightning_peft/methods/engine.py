@@ -52,6 +52,7 @@ from lightning_peft.methods.checks import (
     check_flags,
     check_optimizers,
 )
+from lightning_peft.methods.compiled import CompiledSelections
 from lightning_peft.methods.moment import Moment
 from lightning_peft.strategies.guards import StrategyGuard, all_ranks_agree, guard_for
 
@@ -150,6 +151,7 @@ class Engine:
         self._offloaded = OffloadedStates()
         self._planned: frozenset[str] = self._registered
         self._norms = FrozenNormStatistics(self._structure.modules, _names_below(self._structure))
+        self._compiled = CompiledSelections(trainer.lightning_module)
         resume, self._resume = self._resume, None
         if resume is not None:
             self._clock.counts = list(resume["clock"])
@@ -227,6 +229,7 @@ class Engine:
         if switch:
             self._guard.after_switch()
         self._norms.apply(planned)
+        self._compiled.note()
         for method in self.methods:
             method.switched(self._trainer)
         self._gradients.expect({unit: names for m in self.methods for unit, names in m.active_units().items()})
