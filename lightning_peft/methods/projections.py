@@ -140,7 +140,8 @@ def product_of(
     }
     units: dict[str, list[str]] = {}
     hit: set[str] = set()
-    seen: dict[str, None] = {}
+    present: set[str | None] = set()
+    paths: dict[str, None] = {}
     for stack in structure.stacks:
         blocks = [block for block in structure.blocks if block.stack == stack]
         for index in layers_in_range(len(blocks), layer_range):
@@ -150,11 +151,12 @@ def product_of(
                 hit.update(entries)
                 if entries and name in allowed:
                     units.setdefault(unit_of(name), []).append(name)
-                seen.update(dict.fromkeys([kinds[name]] if name in kinds else [inside]))
+                present.add(kinds.get(name))
+                paths[inside] = None
     for entry in modules:
         if entry not in hit:
-            present = [group for group, members in GROUPS.items() if any(kind in seen for kind in members)]
-            choices = ["all", *present, *(kind for kind in get_args(Kind) if kind in seen), *seen]
+            groups = [group for group, members in GROUPS.items() if present.intersection(members)]
+            choices = ["all", *groups, *(kind for kind in get_args(Kind) if kind in present), *paths]
             raise ScopeError(
                 f"modules={entry!r} is in no block of layer_range={tuple(layer_range)}. {suggest(entry, choices)}"
             )

@@ -21,7 +21,7 @@ from lightning_peft.methods.base import MethodCallback
 from tests.contract.harness import ROWS, TinyModule, dataset, trainer, weights
 
 MODEL = "gqa_decoder"
-NOISY = ("cofitune",)  # scores with dropout, which each process draws for itself: see tests/methods/test_cofitune_ddp.py
+NOISY = ("cofitune",)  # scores with dropout, which differs by process: tests/methods/test_cofitune_ddp.py
 CASES = [(row, accumulate) for row in ROWS if row not in NOISY for accumulate in (1, 2)]
 NUM_SAMPLES = 24
 GLOBAL_BATCH = 4
