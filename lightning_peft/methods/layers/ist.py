@@ -265,7 +265,7 @@ class IST(MethodCallback):
         generator = draw_generator(self.seed, moment.step, "suppressed")
         subsets = draw_subsets(self.importance, size, self.num_candidates, generator)
         losses = []
-        with without_trace(moment.pl_module), torch.no_grad():
+        with without_trace(moment.pl_module), torch.compiler.set_stance("force_eager"), torch.no_grad():
             moment.pl_module.eval()
             batch = self._batch(moment)
             for subset in subsets:
