@@ -48,6 +48,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_peft.core.masters import original
 from lightning_peft.core.names import named_parameters
+from lightning_peft.core.sharded import local
 from lightning_peft.errors import ConfigError, ResumeMismatch, nearest
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "keep_partial_state",
     "lazy_init_all_trainable",
     "load_checkpoint",
+    "local_part",
     "optimizer_state",
     "record_partial_state",
     "refresh_dtypes",
@@ -405,7 +407,7 @@ def _load_full(strategy: ModelParallelStrategy, path: Path, weights_only: bool |
             if key not in saved:
                 continue
             if isinstance(value, Tensor):
-                _local(value).copy_(_local_part(saved[key], value))
+                local(value).copy_(local_part(saved[key], value))
             else:
                 target[key] = saved[key]
     set_model_state_dict(strategy.model, target, options=StateDictOptions(strict=strict))
@@ -443,9 +445,9 @@ def _loaded_leaf(leaf: Any, member: Tensor) -> Any:
         return leaf
     if not isinstance(member, DTensor) or leaf.shape != member.shape:
         return leaf.clone()  # the file is mapped and may be replaced while training goes on
-    local = _local_part(leaf, member).to(member.to_local().device, copy=True)
+    piece = local_part(leaf, member).to(member.to_local().device, copy=True)
     return DTensor.from_local(
-        local, member.device_mesh, member.placements, run_check=False, shape=member.shape, stride=member.stride()
+        piece, member.device_mesh, member.placements, run_check=False, shape=member.shape, stride=member.stride()
     )
 
 
@@ -458,12 +460,8 @@ def _apply_state(optimizer: Optimizer, state: dict[int, Any], groups: list[dict[
     optimizer.load_state_dict({"state": state, "param_groups": numbered})
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _local_part(whole: Tensor, like: Tensor) -> Tensor:
-    """The part of ``whole`` that this rank holds of ``like``."""
+def local_part(whole: Any, like: Tensor) -> Tensor:
+    """The part of ``whole`` (a tensor, or a slice of a file) that this rank holds of ``like``."""
     if not isinstance(like, DTensor):
         return whole
     shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)

@@ -1,0 +1,247 @@
+"""Cut any model into FSDP2 groups: one per block, one for all the rest. Plain functions; no Lightning."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from lightning_peft.core.blocks import find_structure
+from lightning_peft.core.names import clean_name, unwrap
+from lightning_peft.core.trainable import parameter_fingerprints
+from lightning_peft.errors import ConfigError, suggest
+
+__all__ = [
+    "checkpoint_activations",
+    "find_blocks",
+    "is_sharded_model",
+    "no_gradient_sync",
+    "same_on_all_ranks",
+    "shard_model",
+    "unsharded_names",
+]
+
+_CHECKPOINTED = "_lightning_peft_checkpointed"
+
+
+def find_blocks(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Module]:
+    """Return the modules that each get a group of their own, by clean path, in registration order.
+
+    Args:
+        model: The whole model.
+        patterns: Class names or globs of class names or module paths (``"LlamaDecoderLayer"``,
+            ``"model.layers.*"``). None finds the blocks by the model's structure, and takes the modules beside them
+            that a Hugging Face model asks not to split (``_no_split_modules``) as well.
+
+    Raises:
+        ConfigError: If a pattern matches nothing, or only modules that never run ``forward``.
+    """
+    modules = {clean_name(path): module for path, module in model.named_modules() if path}
+    if patterns is None:
+        return _structural_blocks(model, modules)
+    found: dict[str, nn.Module] = {}
+    for pattern in patterns:
+        matches = {
+            path: module
+            for path, module in modules.items()
+            if fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(_class_name(module), pattern)
+        }
+        with_parameters = {path: m for path, m in matches.items() if any(True for _ in m.parameters())}
+        if not with_parameters:
+            problem = "matches no module" if not matches else "matches only modules without parameters"
+            names = dict.fromkeys([*(_class_name(m) for m in modules.values()), *modules])
+            raise ConfigError(f"FSDP2Strategy: blocks={pattern!r} {problem}. {suggest(pattern, names)}")
+        if containers := [path for path, module in with_parameters.items() if _is_container(module)]:
+            raise ConfigError(
+                f"FSDP2Strategy: blocks={pattern!r} matches {containers[0]!r}, a {_class_name(modules[containers[0]])} "
+                f"that never runs forward. Did you mean {containers[0] + '.*'!r}?"
+            )
+        found.update(with_parameters)
+    return {path: module for path, module in modules.items() if path in found}
+
+
+def _structural_blocks(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    paths = {block.name for block in find_structure(model).blocks}
+    hints = {hint for module in model.modules() for hint in getattr(module, "_no_split_modules", None) or ()}
+    for path, module in modules.items():
+        apart = not any(path == b or path.startswith(f"{b}.") or b.startswith(f"{path}.") for b in paths)
+        if _class_name(module) in hints and apart and any(True for _ in module.parameters()):
+            paths.add(path)
+    return {path: module for path, module in modules.items() if path in paths and not _is_container(module)}
+
+
+def _class_name(module: nn.Module) -> str:
+    """The name of the class, without what ``fully_shard`` puts in front of it."""
+    cls = type(unwrap(module))
+    return (cls.__mro__[2] if issubclass(cls, FSDPModule) and len(cls.__mro__) > 2 else cls).__name__
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict))
+
+
+def is_sharded_model(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on any part of ``model``."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def unsharded_names(model: nn.Module) -> list[str]:
+    """Clean names of the parameters in no ``fully_shard`` group."""
+    return [clean_name(name) for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+
+
+def shard_model(
+    root: nn.Module,
+    blocks: dict[str, nn.Module],
+    mesh: DeviceMesh,
+    *,
+    policy: MixedPrecisionPolicy,
+    root_policy: MixedPrecisionPolicy,
+    offload: OffloadPolicy,
+    reshard_after_forward: bool,
+) -> None:
+    """Call ``fully_shard`` on each block, innermost first, and on ``root`` for all that is left.
+
+    A weight that several blocks share, or a block and the rest, goes into the root's group, which is there for the
+    whole step: two groups cannot own it.
+    """
+    shared = _shared_between(root, list(blocks.values()))
+    for module in reversed(list(root.modules())):
+        if module is not root and any(module is block for block in blocks.values()):
+            fully_shard(
+                module,
+                mesh=mesh,
+                mp_policy=policy,
+                offload_policy=offload,
+                reshard_after_forward=reshard_after_forward,
+                ignored_params=shared,
+            )
+    fully_shard(root, mesh=mesh, mp_policy=root_policy, offload_policy=offload)
+
+
+def _shared_between(root: nn.Module, blocks: list[nn.Module]) -> set[nn.Parameter]:
+    """The parameters with names in more than one group."""
+    owner = {id(part): index for index, block in enumerate(blocks) for part in block.modules()}
+    groups: dict[nn.Parameter, set[int]] = {}
+    for part in root.modules():
+        for parameter in part._parameters.values():
+            if parameter is not None:
+                groups.setdefault(parameter, set()).add(owner.get(id(part), -1))
+    return {parameter for parameter, owners in groups.items() if len(owners) > 1}
+
+
+def same_on_all_ranks(model: nn.Module) -> list[str]:
+    """Make every rank start from rank 0's weights and buffers, and return the names of what differed.
+
+    Only what differs is sent: one pass over the memory finds it. Tensors on the meta device are left alone.
+
+    Raises:
+        ConfigError: If a quantised weight differs, which cannot be sent as it is.
+    """
+    tensors = {
+        clean_name(name): tensor
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if not tensor.is_meta and not isinstance(tensor, DTensor) and tensor.dtype != torch.bool
+    }
+    names = list(tensors)
+    marks = [(name, tuple(tensors[name].shape), str(tensors[name].dtype)) for name in names]
+    prints = parameter_fingerprints(list(tensors.values()))
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, (marks, prints))
+    first = everywhere[0]
+    for rank, (other, _) in enumerate(everywhere):
+        if other != first[0]:
+            unequal = sorted({m[0] for m in {*other} ^ {*first[0]}})[:3]
+            raise ConfigError(
+                f"The model is built differently on rank 0 and rank {rank}: {', '.join(map(str, unequal))}. "
+                "Every rank must build the same modules."
+            )
+    different = [n for i, n in enumerate(names) if len({prints[i] for _, prints in everywhere}) > 1]
+    for name in different:
+        tensor = tensors[name]
+        if isinstance(tensor, nn.Parameter) and type(tensor) is not nn.Parameter:
+            raise ConfigError(
+                f"{name} ({type(tensor).__name__}) differs between ranks, and quantised weights cannot be sent. "
+                "Load the same weights on every rank before they are quantised."
+            )
+        device = _group_device(tensor)
+        sent = tensor.detach().to(device, copy=True).contiguous()
+        dist.broadcast(sent, src=0)
+        with torch.no_grad():
+            tensor.copy_(sent)
+    return different
+
+
+def _group_device(tensor: Tensor) -> torch.device:
+    """Where the default process group can take a tensor from."""
+    if tensor.device.type == "cpu" and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return tensor.device
+
+
+@contextmanager
+def no_gradient_sync(model: nn.Module) -> Iterator[None]:
+    """Let gradients pile up whole on each rank, without a reduce-scatter; the next backward after it reduces all."""
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_requires_gradient_sync(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_requires_gradient_sync(True, recurse=False)
+
+
+def checkpoint_activations(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
+    """Keep only each block's input for the backward pass and compute the block again there.
+
+    A block through which no gradient flows (frozen, below the lowest trainable one) saves nothing and is not
+    computed again. A Hugging Face model that holds the blocks does it its own way, which knows of caches.
+
+    Raises:
+        ConfigError: If there is no block to recompute.
+    """
+    if not blocks:
+        raise ConfigError("FSDP2Strategy: activation_checkpointing=True, but no block was found. Name them in blocks.")
+    own_way = [m for m in model.modules() if getattr(type(m), "supports_gradient_checkpointing", False) is True]
+    covered: set[int] = set()
+    for part in own_way:
+        if id(part) in covered:
+            continue
+        covered.update(id(child) for child in part.modules())
+        if not getattr(part, "is_gradient_checkpointing", False):
+            _checkpoint_in_its_own_way(part)
+    for module in blocks.values():
+        if id(module) not in covered and not hasattr(module, _CHECKPOINTED):
+            setattr(module, _CHECKPOINTED, True)
+            module.forward = _Recomputed(module.forward)
+
+
+def _checkpoint_in_its_own_way(model: Any) -> None:
+    if hasattr(model, "activation_checkpointing_enable"):  # the name of newer transformers
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Only reentrant checkpointing needs what this takes off; it would send gradients through frozen blocks below.
+    model.disable_input_require_grads()
+
+
+class _Recomputed:
+    """A block's ``forward`` that is computed again in the backward pass."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
