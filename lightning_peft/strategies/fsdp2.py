@@ -352,6 +352,22 @@ class FSDP2Strategy(ModelParallelStrategy):
         with no_gradient_sync(self.model):
             yield
 
+    def on_validation_end(self) -> None:
+        """Free the root's group, which a pass without gradients leaves gathered."""
+        self._free()
+
+    def on_test_end(self) -> None:
+        """Free the root's group, which a pass without gradients leaves gathered."""
+        self._free()
+
+    def on_predict_end(self) -> None:
+        """Free the root's group, which a pass without gradients leaves gathered."""
+        self._free()
+
+    def _free(self) -> None:
+        if self.model is not None:
+            reshard(self.model)
+
     # ------------------------------------------------------------------ checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

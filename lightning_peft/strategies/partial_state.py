@@ -58,6 +58,7 @@ __all__ = [
     "load_checkpoint",
     "local_part",
     "optimizer_state",
+    "param_groups",
     "record_partial_state",
     "refresh_dtypes",
     "reshard",
@@ -102,7 +103,7 @@ def refresh_dtypes(module: nn.Module) -> None:
         ConfigError: If a group holds trainable parameters of several dtypes, which FSDP2 cannot reduce together.
     """
     for part in fsdp_modules(module):
-        for group in _param_groups(part):
+        for group in param_groups(part):
             _refresh_group(group)
 
 
@@ -130,7 +131,7 @@ def lazy_init_all_trainable(module: nn.Module) -> None:
                 parameter.requires_grad_(True)
         mixed = []
         for part in fsdp_modules(module):
-            for group in _param_groups(part):
+            for group in param_groups(part):
                 try:
                     group._init_mp_dtypes()
                 except AssertionError:  # a frozen bfloat16 base with float32 adapters: what trains now decides
@@ -142,7 +143,8 @@ def lazy_init_all_trainable(module: nn.Module) -> None:
         _refresh_group(group)
 
 
-def _param_groups(part: FSDPModule) -> list[Any]:
+def param_groups(part: FSDPModule) -> list[Any]:
+    """Return what one ``fully_shard`` call gathers and reduces together."""
     state = cast(Any, part)._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; one group or none before
     return list(groups) if groups is not None else [state._fsdp_param_group] if state._fsdp_param_group else []

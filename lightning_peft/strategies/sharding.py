@@ -19,6 +19,7 @@ from lightning_peft.core.blocks import find_structure
 from lightning_peft.core.names import clean_name, unwrap
 from lightning_peft.core.trainable import parameter_fingerprints
 from lightning_peft.errors import ConfigError, suggest
+from lightning_peft.strategies.partial_state import param_groups
 
 __all__ = [
     "checkpoint_activations",
@@ -126,6 +127,7 @@ def shard_model(
                 ignored_params=shared,
             )
     fully_shard(root, mesh=mesh, mp_policy=root_policy, offload_policy=offload)
+    gather_root_on_demand(root)
 
 
 def _shared_between(root: nn.Module, blocks: list[nn.Module]) -> set[nn.Parameter]:
@@ -137,6 +139,25 @@ def _shared_between(root: nn.Module, blocks: list[nn.Module]) -> set[nn.Paramete
             if parameter is not None:
                 groups.setdefault(parameter, set()).add(owner.get(id(part), -1))
     return {parameter for parameter, owners in groups.items() if len(owners) > 1}
+
+
+def gather_root_on_demand(root: nn.Module) -> None:
+    """Gather the root's group again where one of its weights is needed and is not there.
+
+    The group is there from the start of a step on and given up at the end of a backward pass. A step that goes on
+    after that (manual optimisation), and calls of a part of the model outside a step, find it gathered here.
+    """
+    assert isinstance(root, FSDPModule)
+    own = {id(parameter) for group in param_groups(root) for parameter in (p.sharded_param for p in group.fsdp_params)}
+
+    def gather(module: nn.Module, args: Any) -> None:
+        if not all(group.is_unsharded for group in param_groups(root)):
+            root.unshard()
+
+    for module in root.modules():
+        direct = [p for p in module._parameters.values() if p is not None]
+        if module is not root and any(id(parameter) in own for parameter in direct):
+            module.register_forward_pre_hook(gather, prepend=True)
 
 
 def same_on_all_ranks(model: nn.Module) -> list[str]:
