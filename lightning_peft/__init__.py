@@ -31,8 +31,11 @@ _PUBLIC: dict[str, str] = {
     "AutoRGN": "lightning_peft.methods.layers.auto_rgn",
     "DropBP": "lightning_peft.methods.layers.dropbp",
     "CoFiTune": "lightning_peft.methods.layers.cofitune",
+    "SearchedSubset": "lightning_peft.methods.layers.searched_subset",
     # quantised base weights
     "QuantizedPrecision": "lightning_peft.precision.plugin",
+    # searches for what should train
+    "SubsetSearch": "lightning_peft.search.subset_search",
     # reports
     "TrainableTable": "lightning_peft.report.table",
     "TrainingLedger": "lightning_peft.report.ledger_plot",
@@ -76,6 +79,7 @@ if TYPE_CHECKING:
     from lightning_peft.methods.layers.random_tuning import RandomTuning
     from lightning_peft.methods.layers.rift import RiFT
     from lightning_peft.methods.layers.schedule import FinetuningSchedule
+    from lightning_peft.methods.layers.searched_subset import SearchedSubset
     from lightning_peft.methods.layers.spectrum import Spectrum
     from lightning_peft.methods.layers.surgical import Surgical
     from lightning_peft.methods.layers.telly import Telly
@@ -86,6 +90,7 @@ if TYPE_CHECKING:
     from lightning_peft.precision.plugin import QuantizedPrecision
     from lightning_peft.report.ledger_plot import TrainingLedger
     from lightning_peft.report.table import TrainableTable
+    from lightning_peft.search.subset_search import SubsetSearch
 
 
 def __getattr__(name: str) -> Any:
