@@ -78,13 +78,14 @@ class Structure:
         return tuple(dict.fromkeys(block.stack for block in self.blocks))
 
     def outside_blocks(self) -> Structure:
-        """The same model with every role cut down to what lies outside the blocks.
+        """The same model with every role but ``adapters`` cut down to what lies outside the blocks.
 
         Norms of the embeddings (BERT's) are embeddings here and not norms: whoever leaves the embeddings out means to
         end back-propagation above them.
         """
         inside = set(self.roles["blocks"])
         roles = {role: tuple(name for name in names if name not in inside) for role, names in self.roles.items()}
+        roles["adapters"] = self.roles["adapters"]
         roles["norms"] = tuple(name for name in roles["norms"] if name not in self.roles["embeddings"])
         return replace(self, roles=roles)
 

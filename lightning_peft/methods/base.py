@@ -37,8 +37,8 @@ class MethodCallback(Callback):
 
     Args:
         scope: What the method may choose from, see :mod:`lightning_peft.core.scope`.
-        always: What trains all the time beside it. A role here means its tensors outside the blocks; names and
-            patterns reach everywhere. Parameters that the scope names are never "always".
+        always: What trains all the time beside it. A role here means its tensors outside the blocks; ``"adapters"``,
+            names and patterns reach everywhere. Parameters that the scope names are never "always".
         redraw: When to draw again: an ``int`` counts optimizer steps.
         state: What becomes of the optimizer state of a parameter that freezes: ``"keep"``, ``"drop"``, ``"offload"``.
         seed: Seed of the method's private draws; the same on all ranks.
@@ -209,7 +209,7 @@ class MethodCallback(Callback):
             What this method claims: all it may ever train.
 
         Raises:
-            ScopeError: If nothing is left to choose from.
+            ScopeError: If nothing is left to choose from, or ``always`` names adapters that the scope has.
         """
         self._structure = structure
         scope = self.resolve(structure)
@@ -232,6 +232,11 @@ class MethodCallback(Callback):
                 for name in (members.names if members else ())
                 if name in extra.names and name not in taken and (user_flags[name] or name in extra.explicit)
             )
+            if entry == "adapters" and members and taken.issuperset(members.names):
+                raise ScopeError(
+                    f"{self.label}: always='adapters' has no effect, because the scope has them too. Take them out of "
+                    "it with '!adapters'."
+                )
             taken.update(fresh)
             if fresh:
                 self._always_units[entry if entry not in self._units else f"always {entry}"] = fresh

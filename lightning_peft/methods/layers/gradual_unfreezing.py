@@ -51,6 +51,7 @@ def layer_groups(structure: Structure, names: Sequence[str], blocks_per_group: i
     """Sort names into layers, lowest first: embeddings, groups of blocks, and the head with what else follows.
 
     A tied output embedding belongs to the head. Of a model with several stacks the blocks come in registration order.
+    Names of which none lies in a block (a head of several layers) are sorted by module.
     """
     blocks = {block.name for block in structure.blocks}
     head = set(structure.roles["head"])
@@ -65,7 +66,7 @@ def layer_groups(structure: Structure, names: Sequence[str], blocks_per_group: i
         part = inside[start:end]
         label = part[0][0] if len(part) == 1 else f"{part[0][0]} to {part[-1][0]}"
         groups[label] = tuple(name for _, members in part for name in members)
-    groups["head"] = tuple(top)
+    groups.update({"head": tuple(top)} if inside else by_block)
     return {label: members for label, members in groups.items() if members}
 
 
