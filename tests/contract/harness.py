@@ -34,6 +34,7 @@ from lightning_peft import (
     LastLayer,
     RandomTuning,
     RiFT,
+    SearchedSubset,
     Spectrum,
     Surgical,
     Telly,
@@ -273,6 +274,9 @@ ROWS: dict[str, Row] = {
         lambda: [CoFiTune((0.5, 1.0), ["ffn"], soft_mask="none")],
         lambda: [CoFiTune((0.0, 1.0), ["all"], soft_mask="none", always=("embeddings", "head", "norms"))],
         lambda s: 1,
+    ),
+    "searched_subset": Row(
+        lambda: [SearchedSubset(["*.[03].*"], always=("norms",))], lambda: [SearchedSubset("all")], lambda s: 1
     ),
     "two_methods": Row(
         lambda: [
