@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from lightning_peft.core.masters import original
+from lightning_peft.core.sharded import Shard, is_sharded, local, whole
 from lightning_peft.errors import ConfigError, suggest
 
 __all__ = [
@@ -72,8 +73,8 @@ class OffloadedStates:
         return sum(leaves)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers, for a checkpoint."""
-        return tree_map(lambda leaf: leaf.tensor if isinstance(leaf, _Waiting) else leaf, self._states)
+        """Plain whole tensors and numbers, for a checkpoint; with sharded states every process must call it."""
+        return tree_map(lambda leaf: leaf.whole() if isinstance(leaf, _Waiting) else leaf, self._states)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore from :meth:`state_dict`; zero-dimensional tensors (step counts) stay on the CPU."""
@@ -85,22 +86,30 @@ class OffloadedStates:
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A tensor on the CPU that returns to its parameter's device if ``follows``."""
+    """A tensor on the CPU that returns to its parameter's device if ``follows``; with a ``shard``, a piece of one."""
 
     tensor: torch.Tensor
     follows: bool
+    shard: Shard | None = None
+
+    def whole(self) -> torch.Tensor:
+        return self.tensor if self.shard is None else whole(self.shard.of_local(self.tensor)).cpu()
 
 
 def _to_cpu(leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
     follows = leaf.device.type != "cpu" or leaf.ndim > 0
-    return _Waiting(leaf.detach().to("cpu", copy=True), follows)
+    return _Waiting(local(leaf).to("cpu", copy=True), follows, Shard(leaf) if is_sharded(leaf) else None)
 
 
 def _from_cpu(leaf: Any, parameter: nn.Parameter) -> Any:
     if not isinstance(leaf, _Waiting):
         return leaf
+    if leaf.shard is not None:
+        return leaf.shard.of_local(leaf.tensor)
+    if is_sharded(parameter) and leaf.tensor.shape == parameter.shape:  # whole, from a checkpoint
+        return Shard(parameter).of_whole(leaf.tensor)
     return leaf.tensor.to(parameter.device) if leaf.follows else leaf.tensor
 
 
@@ -212,13 +221,13 @@ def optimizer_members(
 
 
 def state_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:
-    """Bytes of all tensors in the optimizers' states."""
+    """Bytes of all tensors in the optimizers' states, on this process."""
     total = 0
     for optimizer in optimizers:
         for state in optimizer.state.values():
             for leaf in state.values() if isinstance(state, dict) else ():
                 if isinstance(leaf, torch.Tensor):
-                    total += leaf.nbytes
+                    total += local(leaf).nbytes
     return total
 
 
@@ -238,9 +247,9 @@ def parameter_fingerprints(parameters: Iterable[torch.Tensor]) -> list[int]:
     factors: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
     sums = []
     for parameter in parameters:
-        local = getattr(parameter, "_local_tensor", parameter).detach()
-        local = torch.view_as_real(local) if local.is_complex() else local
-        bits = local.contiguous().view(_INTEGER_OF_SIZE[local.element_size()]).flatten()
+        piece = local(parameter)
+        piece = torch.view_as_real(piece) if piece.is_complex() else piece
+        bits = piece.contiguous().view(_INTEGER_OF_SIZE[piece.element_size()]).flatten()
         dtype = torch.int64 if bits.dtype == torch.int64 else torch.int32
         factor = factors.get((bits.device, dtype))
         if factor is None:

@@ -105,6 +105,13 @@ class MethodCallback(Callback):
         A method that replaces an optimizer of ``trainer.strategy`` does it here, or in :meth:`advance`.
         """
 
+    def restoring(self, state: dict[str, Any]) -> None:
+        """Called with :meth:`state_dict` of the checkpoint where a strategy restores optimizers before callbacks.
+
+        A method that replaces optimizers puts those of the checkpoint in place, as :meth:`prepare_optimizers` does
+        where the state is known by then.
+        """
+
     def switched(self, trainer: Trainer) -> None:
         """Called when the plan of this draw is in force: at the start, after a resume, and after each new draw."""
 
@@ -160,6 +167,11 @@ class MethodCallback(Callback):
         The first draw then comes with the first batch: until then everything that may ever train is trainable, and
         nothing is in the history. :meth:`observe` is called ahead of every draw.
         """
+        return False
+
+    @property
+    def needs_whole_parameters(self) -> bool:
+        """Whether the method reads weights or gradients during the run, of which sharding leaves pieces."""
         return False
 
     def settings(self) -> dict[str, Any]:

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from lightning_peft.core.blocks import Structure
 from lightning_peft.core.masters import original
+from lightning_peft.core.sharded import local
 from lightning_peft.core.trainable import optimizer_members, parameter_fingerprints
 from lightning_peft.errors import ConfigError, EffectError
 
 __all__ = ["GradientWatch", "MovementCheck", "check_checkpointing", "check_flags", "check_optimizers"]
 
 _STARVED_STEPS = 5
+
+_Merge = Callable[[list[bool]], list[bool]]
+"""Makes of what is true of the pieces that a process holds what is true of the whole tensors."""
+
+
+def _as_they_are(flags: list[bool]) -> list[bool]:
+    return flags
 
 
 def _some(names: Iterable[str], limit: int = 4) -> str:
@@ -105,8 +113,14 @@ class MovementCheck:
     A step with learning rate 0 (the first of a warm-up) proves nothing; the check waits for the next one.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        optimizers: Sequence[torch.optim.Optimizer],
+        merge: _Merge = _as_they_are,
+    ) -> None:
         self._parameters = parameters
+        self._merge = merge
         members = optimizer_members(parameters, optimizers)
         self._members = [[name for name in parameters if index in members[name]] for index in range(len(optimizers))]
         self._before: dict[int, list[int]] = {}
@@ -135,7 +149,8 @@ class MovementCheck:
         names = self._members[index]
         held = self._held(index, optimizer)
         after = parameter_fingerprints(tensor for tensor, _ in held)
-        moved = {name for name, old, new in zip(names, before, after, strict=True) if old != new}
+        changed = self._merge([old != new for old, new in zip(before, after, strict=True)])
+        moved = {name for name, flag in zip(names, changed, strict=True) if flag}
         drifted = [name for name in names if name in moved and name not in planned]
         if drifted:
             raise EffectError(
@@ -144,12 +159,12 @@ class MovementCheck:
             )
         rates = dict(zip(names, (rate for _, rate in held), strict=True))
         expected = [name for name in names if name in planned and rates[name] != 0]
-        silent = [name for name in expected if self._parameters[name].grad is None and name not in moved]
-        stuck = [
-            name
-            for name in expected
-            if name not in moved and (grad := self._parameters[name].grad) is not None and bool(grad.any())
-        ]
+        still = [name for name in expected if name not in moved]
+        grads = [self._parameters[name].grad for name in still]
+        filled = self._merge([grad is not None for grad in grads])
+        pushed = self._merge([grad is not None and bool(local(grad).any()) for grad in grads])
+        silent = [name for name, flag in zip(still, filled, strict=True) if not flag]
+        stuck = [name for name, flag in zip(still, pushed, strict=True) if flag]
         if expected and not moved:
             raise EffectError(
                 f"None of the {len(expected)} parameters planned to train moved in the first optimizer step: "
@@ -178,8 +193,14 @@ class MovementCheck:
 class GradientWatch:
     """Watch that every unit that was chosen gets a gradient, from each draw's first optimizer step on."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        optimizers: Sequence[torch.optim.Optimizer],
+        merge: _Merge = _as_they_are,
+    ) -> None:
         self._parameters = parameters
+        self._merge = merge
         self._members = optimizer_members(parameters, optimizers)
         self._waiting: list[dict[str, tuple[str, ...]]] = [{} for _ in optimizers]
         self._steps = [0 for _ in optimizers]
@@ -202,10 +223,10 @@ class GradientWatch:
         if not self._waiting[index]:
             return
         self._steps[index] += 1
+        waiting = self._waiting[index]
+        fed = [any(self._parameters[name].grad is not None for name in names) for names in waiting.values()]
         starved = {
-            unit: names
-            for unit, names in self._waiting[index].items()
-            if all(self._parameters[name].grad is None for name in names)
+            unit: names for (unit, names), flag in zip(waiting.items(), self._merge(fed), strict=True) if not flag
         }
         self._proven[index] |= len(starved) < len(self._waiting[index])
         self._waiting[index] = starved

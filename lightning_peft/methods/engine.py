@@ -33,6 +33,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_peft.core.blocks import Structure, find_structure
 from lightning_peft.core.clock import OptimizerStepClock
+from lightning_peft.core.names import named_parameters
 from lightning_peft.core.plan import check_disjoint, fingerprint_names
 from lightning_peft.core.rng import get_rng_state, set_rng_state
 from lightning_peft.core.trainable import (
@@ -44,7 +45,7 @@ from lightning_peft.core.trainable import (
     set_trainable,
 )
 from lightning_peft.data.loader import attach_trainer
-from lightning_peft.errors import ResumeMismatch
+from lightning_peft.errors import ResumeMismatch, UnsupportedStrategy
 from lightning_peft.methods.checks import (
     GradientWatch,
     MovementCheck,
@@ -125,19 +126,47 @@ class Engine:
 
     def _before_wrap(self) -> None:
         self._guard: StrategyGuard = guard_for(self._trainer.strategy)
-        structure = find_structure(self._trainer.lightning_module)
-        self._user_flags = {name: p.requires_grad for name, p in structure.parameters.items()}
-        check_disjoint([method.bind(structure, self._user_flags) for method in self.methods])
+        with self._guard.whole_parameters():
+            structure = find_structure(self._trainer.lightning_module)
+            self._user_flags = {name: p.requires_grad for name, p in structure.parameters.items()}
+            check_disjoint([method.bind(structure, self._user_flags) for method in self.methods])
+        for method in self.methods:
+            self._check_can_shard(method)
         self._structure, self._in_force = structure, True
         self._registered = frozenset().union(*(method.before_wrap() for method in self.methods))
         check_checkpointing(structure, frozenset().union(*(m.before_wrap() for m in self.methods)))
         set_flags(structure.parameters, {name: name in self._registered for name in structure.parameters})
 
+    def _check_can_shard(self, method: MethodCallback) -> None:
+        strategy = type(self._trainer.strategy).__name__
+        if method.needs_whole_parameters and self._guard.shards:
+            raise UnsupportedStrategy(
+                f"{method.label} reads whole weights or gradients during the run, of which {strategy} gives each "
+                "process a piece. Use one device or strategy='ddp'."
+            )
+        if method.state == "offload" and not self._guard.can_offload_state:
+            raise UnsupportedStrategy(
+                f"{method.label}: state='offload' is not supported under {strategy}. Use state='keep' or 'drop', or "
+                "strategy='fsdp2'."
+            )
+
     def _after_wrap(self) -> None:
         assert self._structure is not None
+        present = named_parameters(self._trainer.lightning_module)  # sharding and materialising make others
+        assert present.keys() == self._structure.parameters.keys()
+        self._structure.parameters.update(present)
+        self._guard.wrapped(present, self._registered)
         check_optimizers(self._structure.parameters, self._registered, self._trainer.strategy.optimizers)
         for method in self.methods:
             method.prepare_optimizers(self._trainer)
+        self._guard.on_restore(self._restoring)
+
+    def _restoring(self, checkpoint: dict[str, Any]) -> None:
+        """Let the methods put the optimizers in place whose states a checkpoint is about to fill."""
+        states = checkpoint.get("callbacks", {})
+        for method in self.methods:
+            if states.get(method.state_key):
+                method.restoring(states[method.state_key])
 
     # ------------------------------------------------------------------ training
 
@@ -173,8 +202,8 @@ class Engine:
         assert self._structure is not None
         parameters = self._structure.parameters
         self._optimizers: list[torch.optim.Optimizer] = list(self._trainer.strategy.optimizers)
-        self._movement = MovementCheck(parameters, self._optimizers)
-        self._gradients = GradientWatch(parameters, self._optimizers)
+        self._movement = MovementCheck(parameters, self._optimizers, self._guard.merge)
+        self._gradients = GradientWatch(parameters, self._optimizers, self._guard.merge)
         self._clock.attach(self._optimizers)
         members = optimizer_members(parameters, self._optimizers)
         self._times = [(m, sorted({i for name in m.scope_names for i in members[name]})) for m in self.methods]
@@ -309,11 +338,7 @@ class Engine:
         automatic = trainer.lightning_module.automatic_optimization
         if not automatic or ended or done % trainer.accumulate_grad_batches == 0:
             return {}
-        return {
-            name: parameter.grad.detach().cpu()
-            for name, parameter in self._structure.parameters.items()
-            if parameter.grad is not None
-        }
+        return self._guard.take_gradients(self._structure.parameters)
 
     def _restore_process(self, resume: dict[str, Any]) -> None:
         """Restore what belongs to one process: random states and unfinished gradients."""
@@ -331,9 +356,7 @@ class Engine:
                     "Resume with as many processes, or from a checkpoint written at an optimizer step."
                 )
             return
-        for name, grad in resume["partial_gradients"][rank].items():
-            parameter = self._structure.parameters[name]
-            parameter.grad = grad.to(parameter.device)
+        self._guard.put_gradients(self._structure.parameters, resume["partial_gradients"][rank])
         set_rng_state(resume["rng"][rank])
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -91,8 +92,11 @@ def scoring_loss(trainer: Trainer, pl_module: LightningModule, batch: Any, batch
             "Scoring needs the loss of a batch, and with manual optimisation training_step does not return it before "
             "it steps. Use a method without scoring, or automatic optimisation."
         )
-    with trainer.precision_plugin.train_step_context():
-        output = pl_module.training_step(_copied(batch), batch_idx)
+    if isinstance(trainer.strategy, FSDPStrategy):  # gathers the weights only around a forward pass of its wrapper
+        output = trainer.strategy.training_step(_copied(batch), batch_idx)
+    else:
+        with trainer.precision_plugin.train_step_context():
+            output = pl_module.training_step(_copied(batch), batch_idx)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         raise ConfigError(f"Scoring needs a loss from training_step; it returned {type(output).__name__}.")

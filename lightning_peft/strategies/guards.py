@@ -1,32 +1,99 @@
 """Guards attached to stock strategies, so that a change of the trainable set is right under each of them.
 
-A guard knows nothing of methods. It is asked three things: whether the strategy can serve a changing trainable set at
-all, what to do before parameters are touched, and what to do after.
+A guard knows nothing of methods. It is asked whether the strategy can serve a changing trainable set at all, what to
+do when the model has been wrapped, before parameters are touched, and after.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.fabric.utilities.load import _METADATA_FILENAME
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_peft.errors import EffectError, UnsupportedStrategy
+from lightning_peft.core.sharded import Shard, is_sharded, local
+from lightning_peft.errors import ConfigError, EffectError, UnsupportedStrategy
+from lightning_peft.strategies.partial_state import (
+    _read,
+    _weights_only_of_fit,
+    keep_partial_state,
+    lazy_init_all_trainable,
+    refresh_dtypes,
+    reshard,
+)
 
-__all__ = ["DDPGuard", "StrategyGuard", "all_ranks_agree", "guard_for"]
+__all__ = ["DDPGuard", "FSDP1Guard", "FSDP2Guard", "StrategyGuard", "all_ranks_agree", "guard_for"]
 
 
 class StrategyGuard:
     """Nothing to do: the optimizer steps on the very parameters that autograd fills (one device)."""
 
+    shards = False
+    """Whether a process holds pieces of parameters only."""
+
+    can_offload_state = True
+    """Whether the optimizer state of a parameter can leave the optimizer and come back."""
+
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
+
+    @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Show each parameter in its whole shape, before wrapping."""
+        yield
+
+    def wrapped(self, parameters: Mapping[str, nn.Parameter], selectable: Collection[str]) -> None:
+        """Called when the model is wrapped and the optimizers exist, before any state is restored.
+
+        Args:
+            parameters: Canonical name -> parameter of the whole model, as the optimizers hold it.
+            selectable: Names that may train at some time of the run.
+
+        Raises:
+            ConfigError: If the model is wrapped in a way that would leave some of them out.
+            UnsupportedStrategy: If it is wrapped in a way in which a trainable set cannot change.
+        """
+
+    def on_restore(self, look: Callable[[dict[str, Any]], None]) -> None:
+        """Show ``look`` a checkpoint before optimizer states are taken from it, if callbacks have not seen it by then.
+
+        It is called with all that the checkpoint holds beside weights and optimizer states.
+        """
 
     def before_switch(self) -> None:
         """Called before any parameter is touched."""
 
     def after_switch(self) -> None:
         """Called when ``requires_grad`` has changed for at least one parameter."""
+
+    def take_gradients(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        """Return the gradients that this process has accumulated, on the CPU."""
+        return {name: local(p.grad).cpu() for name, p in parameters.items() if p.grad is not None}
+
+    def put_gradients(self, parameters: Mapping[str, nn.Parameter], saved: Mapping[str, torch.Tensor]) -> None:
+        """Make what :meth:`take_gradients` returned on a process of the same rank the gradients."""
+        for name, gradient in saved.items():
+            parameter = parameters[name]
+            placed = Shard(parameter).of_local(gradient) if is_sharded(parameter) else gradient.to(parameter.device)
+            parameter.grad = placed
+
+    def merge(self, flags: list[bool]) -> list[bool]:
+        """Make of what is true of the pieces on this process what is true of the whole parameters."""
+        return flags
 
 
 class DDPGuard(StrategyGuard):
@@ -57,19 +124,223 @@ class DDPGuard(StrategyGuard):
         strategy._register_ddp_hooks()
 
 
+class _ShardingGuard(StrategyGuard):
+    shards = True
+    strategy: FSDPStrategy | ModelParallelStrategy
+
+    def on_restore(self, look: Callable[[dict[str, Any]], None]) -> None:
+        """These strategies restore optimizers in ``load_checkpoint``, ahead of the callbacks."""
+        strategy: Any = self.strategy
+        load = getattr(strategy.load_checkpoint, "inner", strategy.load_checkpoint)
+
+        def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+            if strategy.optimizers:
+                look(_metadata(strategy, checkpoint_path, weights_only))
+            return load(checkpoint_path, weights_only)
+
+        setattr(load_checkpoint, "inner", load)  # noqa: B010
+        strategy.load_checkpoint = load_checkpoint
+
+    def merge(self, flags: list[bool]) -> list[bool]:
+        """A flag is set if it is set on any rank."""
+        if not flags or dist.get_world_size() == 1:
+            return flags
+        found = torch.tensor(flags, dtype=torch.int32, device=self.strategy.root_device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in found.tolist()]
+
+
+class FSDP2Guard(_ShardingGuard):
+    """Let parameters of ``fully_shard`` groups freeze and thaw, and save and load the states of those that train.
+
+    The sharded parameters are what the optimizer holds; a group that was not resharded after its last forward pass
+    shows others in their place, so that it is resharded before anything is touched. torch saves and loads optimizer
+    states of parameters that require a gradient at that time; the states of the others would be lost, or be asked for
+    in vain (:mod:`lightning_peft.strategies.partial_state`).
+    """
+
+    strategy: ModelParallelStrategy
+
+    @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Sharded parameters have their whole shape anyway."""
+        self.before_switch()
+        yield
+
+    def wrapped(self, parameters: Mapping[str, nn.Parameter], selectable: Collection[str]) -> None:
+        """Check that every parameter that may train is sharded, and make saving and loading right."""
+        strategy = self.strategy
+        left_out = [name for name, p in parameters.items() if name in selectable and not is_sharded(p)]
+        num_replicas = strategy.device_mesh["data_parallel"].size()
+        if left_out and num_replicas > 1:
+            raise ConfigError(
+                f"{len(left_out)} parameter(s) that may train are in no fully_shard group, such as {left_out[0]}: "
+                "their gradients would never be synchronised, and the ranks would drift apart. Call "
+                "fully_shard(<the whole model>) at the end of configure_model, or use "
+                "strategy='fsdp2' (lightning_peft.FSDP2Strategy), which shards the whole module."
+            )
+        if strategy.world_size > 1 and num_replicas == 1:
+            warnings.warn(
+                f"The device mesh is 1 (data parallel) x {strategy.world_size} (tensor parallel): all ranks get the "
+                f"same batches. {type(strategy).__name__}(data_parallel_size={strategy.world_size}, "
+                "tensor_parallel_size=1) splits them.",
+                stacklevel=2,
+            )
+        assert strategy.model is not None
+        lazy_init_all_trainable(strategy.model)
+        keep_partial_state(strategy)
+
+    def before_switch(self) -> None:
+        """Bring the sharded parameters back into their modules."""
+        assert self.strategy.model is not None
+        reshard(self.strategy.model)
+
+    def after_switch(self) -> None:
+        """Let the groups read again in which dtype they reduce gradients."""
+        assert self.strategy.model is not None
+        refresh_dtypes(self.strategy.model)
+
+
+class FSDP1Guard(_ShardingGuard):
+    """Let parameters of ``FullyShardedDataParallel`` units freeze and thaw, which needs ``use_orig_params=True``."""
+
+    strategy: FSDPStrategy
+    can_offload_state = False
+
+    def __init__(self, strategy: FSDPStrategy) -> None:
+        super().__init__(strategy)
+        if not strategy.kwargs.get("use_orig_params"):
+            raise self._no_orig_params()
+
+    @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Refuse a model that is sharded already: pieces are all that could be seen of its parameters."""
+        module = self.strategy.lightning_module
+        assert module is not None
+        wrapped = [name for name, child in module.named_modules() if _is_fsdp1(child)]
+        if wrapped:
+            raise UnsupportedStrategy(
+                f"{wrapped[0] or 'The module'} is already wrapped by FullyShardedDataParallel (by configure_model, or "
+                "by an earlier fit of the same module): methods that choose what trains have to see the parameters "
+                "before they are cut up. Let the strategy wrap them (auto_wrap_policy=), build a fresh module for "
+                "another fit, or use strategy='fsdp2'."
+            )
+        yield
+
+    def wrapped(self, parameters: Mapping[str, nn.Parameter], selectable: Collection[str]) -> None:
+        """Check all units, and make loading a checkpoint without any optimizer state work."""
+        assert self.strategy.model is not None
+        if any(_is_fsdp1(child) and not child._use_orig_params for child in self.strategy.model.modules()):
+            raise self._no_orig_params()
+        _allow_partial_state(self.strategy, self.merge)
+
+    def put_gradients(self, parameters: Mapping[str, nn.Parameter], saved: Mapping[str, torch.Tensor]) -> None:
+        """Make the gradients those of an accumulation window, which lie unsharded in one tensor per unit."""
+        if not saved:
+            return
+        assert self.strategy.model is not None
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        handles: list[Any] = [
+            child._handle for child in self.strategy.model.modules() if _is_fsdp1(child) and child._handle
+        ]
+        for handle in handles:
+            flat = handle.flat_param
+            found = [saved.get(names[id(parameter)]) for parameter in flat._params]
+            given = next((gradient for gradient in found if gradient is not None), None)
+            if given is None:
+                continue
+            flat.grad = torch.empty_like(flat)
+            flat.grad.data = torch.zeros(flat._unpadded_unsharded_size, dtype=given.dtype, device=handle.device)
+            handle._use_unsharded_grad_views()
+            for parameter, gradient in zip(flat._params, found, strict=True):
+                if gradient is None:
+                    parameter.grad = None
+                else:
+                    parameter.grad.copy_(gradient)
+
+    def _no_orig_params(self) -> UnsupportedStrategy:
+        return UnsupportedStrategy(
+            "FSDPStrategy(use_orig_params=False) freezes and thaws whole units only, and hides the parameters' names. "
+            "Use use_orig_params=True (the default), or strategy='fsdp2'."
+        )
+
+
+_NO_STATE_KEY = "lightning_peft/no_optimizer_state"
+
+
+def _allow_partial_state(strategy: Any, merge: Callable[[list[bool]], list[bool]]) -> None:
+    """Make FSDP1 save what state there is.
+
+    torch wants state of every parameter of a unit that requires a gradient if it finds state of one of them, and
+    neither its reader nor Lightning's can load a checkpoint from before the first optimizer step.
+    """
+    if hasattr(strategy.save_checkpoint, "inner"):
+        return
+    save, load, gather = strategy.save_checkpoint, strategy.load_checkpoint, strategy.optimizer_state
+
+    def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        flags = {parameter: parameter.requires_grad for parameter in strategy.lightning_module.parameters()}
+        try:
+            for parameter in flags:
+                parameter.requires_grad_(False)
+            return gather(optimizer)
+        finally:
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+
+    def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if strategy.optimizers and not any(merge([bool(optimizer.state) for optimizer in strategy.optimizers])):
+            checkpoint.pop("optimizer_states", None)
+            checkpoint[_NO_STATE_KEY] = True
+        save(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        if not strategy.optimizers or not _metadata(strategy, checkpoint_path, weights_only).get(_NO_STATE_KEY):
+            return load(checkpoint_path, weights_only)
+        optimizers, strategy.optimizers = strategy.optimizers, []
+        try:
+            return load(checkpoint_path, weights_only)
+        finally:
+            strategy.optimizers = optimizers
+
+    setattr(save_checkpoint, "inner", save)  # noqa: B010
+    strategy.save_checkpoint, strategy.load_checkpoint = save_checkpoint, load_checkpoint
+    strategy.optimizer_state = optimizer_state
+
+
+def _metadata(strategy: Any, path: Any, weights_only: bool | None) -> dict[str, Any]:
+    """What a checkpoint holds beside shards; nothing is read of the tensors of a single file."""
+    path = Path(strategy.broadcast(path))
+    meta = path / _METADATA_FILENAME if path.is_dir() else path
+    if not meta.is_file():
+        return {}  # whoever loads it says what is wrong
+    return _read(meta, _weights_only_of_fit() if weights_only is None else weights_only, mmap=meta is path)
+
+
+def _is_fsdp1(module: Any) -> bool:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return isinstance(module, FullyShardedDataParallel)
+
+
 def guard_for(strategy: Strategy) -> StrategyGuard:
     """Return the guard for a Trainer's strategy.
 
     Raises:
         UnsupportedStrategy: If no guard makes this strategy right.
     """
-    if isinstance(strategy, DDPStrategy):
-        return DDPGuard(strategy)
-    if isinstance(strategy, SingleDeviceStrategy):
-        return StrategyGuard(strategy)
+    guards: list[tuple[type[Strategy], type[StrategyGuard]]] = [
+        (DDPStrategy, DDPGuard),
+        (FSDPStrategy, FSDP1Guard),
+        (ModelParallelStrategy, FSDP2Guard),
+        (SingleDeviceStrategy, StrategyGuard),
+    ]
+    for kind, guard in guards:
+        if isinstance(strategy, kind):
+            return guard(strategy)
     raise UnsupportedStrategy(
-        f"{type(strategy).__name__} is not supported yet by methods that choose what trains: whether a frozen or "
-        "thawed parameter is handled right there has not been shown. Use one device or strategy='ddp'."
+        f"{type(strategy).__name__} is not supported by methods that choose what trains: whether a frozen or thawed "
+        "parameter is handled right there has not been shown. Use one device, 'ddp', 'fsdp' or 'fsdp2'."
     )
 
 

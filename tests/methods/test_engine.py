@@ -10,13 +10,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_peft import HFT, LISA
 from lightning_peft.errors import ConfigError, EffectError, PlanConflict, ScopeError, UnsupportedStrategy
 from lightning_peft.methods.base import MethodCallback
+from lightning_peft.strategies.guards import guard_for
 from tests.contract.harness import ConvNet, Probe, TinyModule, loader, trainer
 
 
@@ -494,13 +495,17 @@ def test_somebody_else_toggling_is_caught(tmp_path: Path) -> None:
         fit(tmp_path, TinyModule("gqa_decoder"), LISA(1, period_steps=2), Meddler(), accumulate_grad_batches=1)
 
 
-def test_unsupported_strategy_is_refused_before_training(tmp_path: Path) -> None:
-    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
-    run = trainer(tmp_path, [LISA()], strategy=strategy)
-    from lightning_peft.methods.engine import Engine
+def test_unsupported_strategies_are_refused_before_training() -> None:
+    class OtherStrategy(Strategy):
+        pass
 
-    with pytest.raises(UnsupportedStrategy, match="ModelParallelStrategy"):
-        Engine.of(run)._before_wrap()
+    OtherStrategy.__abstractmethods__ = frozenset()
+    for strategy, words in [
+        (OtherStrategy(), "OtherStrategy is not supported"),
+        (FSDPStrategy(use_orig_params=False), "use_orig_params=True"),
+    ]:
+        with pytest.raises(UnsupportedStrategy, match=words):
+            guard_for(strategy)
 
 
 class Interrupt(pl.Callback):

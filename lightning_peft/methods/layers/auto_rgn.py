@@ -120,6 +120,11 @@ class AutoRGN(MethodCallback):
 
     @property
     @override
+    def needs_whole_parameters(self) -> bool:
+        return True
+
+    @property
+    @override
     def needs_batch(self) -> bool:
         return True
 

@@ -148,6 +148,11 @@ class BAdam(MethodCallback):
         blocks = list(self.units)
         return [blocks[block_at(draw.index, len(blocks), self.order, self.start_block, draw.seed)]]
 
+    @property
+    @override
+    def needs_whole_parameters(self) -> bool:
+        return any(is_low_precision(self._structure.parameters[name]) for name in self.selectable)
+
     @override
     def prepare_optimizers(self, trainer: Trainer) -> None:
         parameters = self._structure.parameters

@@ -273,6 +273,11 @@ class GreenTrainer(MethodCallback):
 
     @property
     @override
+    def needs_whole_parameters(self) -> bool:
+        return True
+
+    @property
+    @override
     def needs_batch(self) -> bool:
         return True
 

@@ -122,6 +122,11 @@ class LISA(MethodCallback):
     def needs_batch(self) -> bool:
         return self.sampling == "outliers"
 
+    @property
+    @override
+    def needs_whole_parameters(self) -> bool:
+        return self.sampling == "outliers"
+
     @override
     def observe(self, moment: Moment) -> None:
         if self.sampling == "outliers" and self._inclusion is None:

@@ -351,10 +351,9 @@ class FinetuningSchedule(MethodCallback):
             )
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if self._trainer is not None:  # this strategy restores after its setup
-            self._rebuild()
+    def restoring(self, state: dict[str, Any]) -> None:
+        self._loaded = state
+        self._rebuild()
 
     @override
     def prepare_optimizers(self, trainer: Trainer) -> None:

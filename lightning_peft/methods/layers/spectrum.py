@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from lightning_peft.core.blocks import Structure
 from lightning_peft.core.draw import Draw
+from lightning_peft.core.sharded import is_sharded, whole
 from lightning_peft.errors import ConfigError, ResumeMismatch, ScopeError, suggest
 from lightning_peft.methods.arguments import is_fraction
 from lightning_peft.methods.base import MethodCallback
@@ -238,20 +239,26 @@ class Spectrum(MethodCallback):
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         problems: list[str] = []
         mine: dict[str, float] = {}
-        for unit in list(units)[rank::world_size]:
+        for number, unit in enumerate(units):
             found = []
+            is_mine = number % world_size == rank
             for name in units[unit]:
                 parameter = structure.parameters[name]
-                if parameter.ndim < 2:
+                if parameter.ndim < 2 or not (is_mine or is_sharded(parameter)):
                     continue
                 if parameter.is_meta:
                     problems.append(f"{name} has no values yet (it is on the meta device)")
-                elif not bool(parameter.detach().isfinite().all()):
+                    continue
+                weight = whole(parameter)  # of a sharded one every rank must ask for it
+                if not is_mine:
+                    continue
+                if not bool(weight.isfinite().all()):
                     problems.append(f"{name} has values that are not finite")
                 else:
                     owner = structure.modules.get(name.rpartition(".")[0])
-                    found.append(signal_to_noise(_as_matrix(parameter, owner).to(self._device), self.threshold))
-            mine[unit] = sum(found) / len(found) if found else 0.0
+                    found.append(signal_to_noise(_as_matrix(weight, owner).to(self._device), self.threshold))
+            if is_mine:
+                mine[unit] = sum(found) / len(found) if found else 0.0
         parts: list[Any] = [(mine, problems)]
         if together:
             parts = [None] * world_size
@@ -299,7 +306,7 @@ class Spectrum(MethodCallback):
         return {**super().describe(), "scores": dict(self._scores)}
 
 
-def _as_matrix(parameter: nn.Parameter, owner: nn.Module | None) -> Tensor:
+def _as_matrix(parameter: Tensor, owner: nn.Module | None) -> Tensor:
     """A convolution's kernel as (out, all inputs); fused experts as a stack of matrices."""
     weight = parameter.detach()
     if weight.ndim == 2:

@@ -1,0 +1,205 @@
+"""Run by ``test_fsdp.py`` on two processes: fits tiny models under a sharding strategy and writes down what happened.
+
+Arguments: the output folder and the strategy, ``fsdp1``, ``model_parallel`` (Lightning's own, with the user's
+``configure_model``) or ``fsdp2`` (ours, on the very module that one device trains).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from lightning_peft import LISA, BAdam
+from lightning_peft.core.names import clean_name
+from lightning_peft.errors import LightningPeftError
+from lightning_peft.methods.base import MethodCallback
+from tests.contract.harness import PHASES, ROWS, TinyModule, trainer, weights
+from tests.distributed import ddp_probe
+from tests.distributed.ddp_probe import MODEL, Quiet, SaveEveryBatch, loader
+from tests.distributed.fsdp1_on_cpu import FSDPOnCPU
+
+STRATEGIES = ("fsdp1", "model_parallel", "fsdp2")
+UNSUPPORTED = {
+    "all": {"green_trainer", "green_trainer_epoch", "rift", "auto_rgn", "lisa_outliers", "cofitune"},
+    "fsdp1": {"lisa_offload", "schedule_replacing"},
+}
+RESUMED = ("lisa", "lisa_keep", "hft_redraw", "schedule", "schedule_replacing", "badam", "ist_slow")
+POSITIONS = (0, 3, 5, 9)
+
+
+def is_supported(row: str, strategy: str) -> bool:
+    return row not in UNSUPPORTED["all"] | UNSUPPORTED.get(strategy, set())
+
+
+class ShardedByUser(Quiet):
+    """Shards in ``configure_model``, as Lightning's ModelParallelStrategy asks its users to."""
+
+    mixed = False
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        policy = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)} if self.mixed else {}
+        for block in self.model.model.layers:
+            fully_shard(block, mesh=mesh, **policy)
+        fully_shard(self.model, mesh=mesh, **policy)
+
+
+class ShardedByUserMixed(ShardedByUser):
+    mixed = True
+
+
+class WithDropout(ShardedByUser):
+    on_train_start = TinyModule.on_train_start
+
+
+class Gradients(pl.Callback):
+    """Whole gradients of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        model = trainer.strategy.model
+        if isinstance(model, FullyShardedDataParallel):
+            mine = [clean_name(n) for n, p in pl_module.named_parameters() if p.grad is not None]
+            parts: list[Any] = [None, None]
+            torch.distributed.all_gather_object(parts, mine)  # a rank may hold nothing of a tensor
+            with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+                whole = _whole_gradients(pl_module)
+            self.steps.append({name: value for name, value in whole.items() if name in {*parts[0], *parts[1]}})
+        else:
+            self.steps.append(_whole_gradients(pl_module))
+
+
+def _whole_gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    found = {clean_name(n): p.grad for n, p in module.named_parameters() if p.grad is not None}
+    return {n: (g.full_tensor() if hasattr(g, "full_tensor") else g).detach().clone() for n, g in found.items()}
+
+
+class WholeWeights(pl.Callback):
+    """The whole weights at the end of a fit."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, torch.Tensor] = {}
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        model = trainer.strategy.model
+        if isinstance(model, FullyShardedDataParallel):
+            with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+                self.values = {clean_name(n): p.detach().clone() for n, p in pl_module.named_parameters()}
+        else:
+            for block in pl_module.modules():
+                if hasattr(block, "reshard"):
+                    block.reshard()
+            self.values = {
+                n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+                for n, p in pl_module.named_parameters()
+            }
+
+
+def make_strategy(name: str, full: bool = False) -> Any:
+    if name == "fsdp1":
+        return FSDPOnCPU(auto_wrap_policy={LlamaDecoderLayer}, state_dict_type="full" if full else "sharded")
+    if name == "model_parallel":
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=not full)
+    from lightning_peft import FSDP2Strategy
+
+    return FSDP2Strategy(save_distributed_checkpoint=not full)
+
+
+def fit(
+    out: Path,
+    strategy: str,
+    methods: list[MethodCallback],
+    *callbacks: pl.Callback,
+    ckpt: Path | None = None,
+    full: bool = False,
+    dropout: bool = False,
+    **kw: Any,
+) -> dict[str, Any]:
+    """As ``ddp_probe.fit``, on two processes under ``strategy``."""
+    mixed = kw.get("precision") == "bf16-mixed"
+    if strategy == "model_parallel":
+        module: type[TinyModule] = WithDropout if dropout else ShardedByUserMixed if mixed else ShardedByUser
+        if mixed:
+            kw.pop("precision")
+    else:
+        module = TinyModule if dropout else Quiet
+    gradients, whole = Gradients(), WholeWeights()
+    torch.manual_seed(100 if ckpt is None else 7)
+    model = module(MODEL)
+    run = trainer(
+        out,
+        [*methods, *callbacks, gradients, whole],
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        devices=2,
+        strategy=make_strategy(strategy, full),
+        gradient_clip_val=None,
+        **kw,
+    )
+    torch.manual_seed(100 + run.global_rank if ckpt is None else 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.fit(model, loader(2), ckpt_path=ckpt)
+    return {
+        "gradients": gradients.steps,
+        "weights": whole.values,
+        "histories": [[(step, sorted(names)) for step, names in m.history] for m in methods],
+        "steps": run.global_step,
+    }
+
+
+def single(out: Path, methods: list[MethodCallback], **kw: Any) -> dict[str, Any]:
+    """The same on one process with the joined batch."""
+    return ddp_probe.fit(out, methods, gradient_clip_val=None, **kw)
+
+
+def refused(out: Path, strategy: str, methods: list[MethodCallback], **kw: Any) -> str:
+    try:
+        fit(out, strategy, methods, **kw)
+    except LightningPeftError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def main(out: Path, strategy: str) -> None:
+    results: dict[str, Any] = {}
+    for row in ROWS:
+        if is_supported(row, strategy):
+            results[row] = fit(out, strategy, ROWS[row].make())
+        else:
+            results[f"refused/{row}"] = refused(out, strategy, ROWS[row].make())
+    for row in ("lisa", "hft", "schedule", "badam"):
+        results[f"mixed/{row}"] = fit(out, strategy, ROWS[row].make(), precision="bf16-mixed")
+    for full in (False, True):
+        for row in (row for row in RESUMED if is_supported(row, strategy)):
+            form = "full" if full else "sharded"
+            directory = out / form / row
+            arguments: dict[str, Any] = {"full": full, "dropout": True}
+            results[f"resume/{form}/{row}/expected"] = fit(
+                out, strategy, ROWS[row].make(), SaveEveryBatch(directory), **arguments
+            )
+            for position in POSITIONS:
+                path = directory / f"{position:03d}.ckpt"
+                results[f"resume/{form}/{row}/{position}"] = fit(
+                    out, strategy, ROWS[row].make(), ckpt=path, **arguments
+                )
+    torch.save(results, out / f"rank{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    assert BAdam is not None
+    assert LISA is not None
+    assert PHASES is not None
+    assert weights is not None
+    main(Path(sys.argv[1]), sys.argv[2])
