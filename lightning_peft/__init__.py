@@ -33,7 +33,10 @@ _PUBLIC: dict[str, str] = {
     "CoFiTune": "lightning_peft.methods.layers.cofitune",
     "SearchedSubset": "lightning_peft.methods.layers.searched_subset",
     # quantised base weights
+    "QLoRA": "lightning_peft.methods.quantized.qlora",
     "QuantizedPrecision": "lightning_peft.precision.plugin",
+    # strategies
+    "FSDP2Strategy": "lightning_peft.strategies.fsdp2",
     # searches for what should train
     "SubsetSearch": "lightning_peft.search.subset_search",
     # reports
@@ -83,6 +86,7 @@ if TYPE_CHECKING:
     from lightning_peft.methods.layers.spectrum import Spectrum
     from lightning_peft.methods.layers.surgical import Surgical
     from lightning_peft.methods.layers.telly import Telly
+    from lightning_peft.methods.quantized.qlora import QLoRA
     from lightning_peft.models.causal_lm import CausalLM
     from lightning_peft.models.optimizer import WarmupSchedule
     from lightning_peft.models.sequence_classification import SequenceClassification
@@ -91,6 +95,7 @@ if TYPE_CHECKING:
     from lightning_peft.report.ledger_plot import TrainingLedger
     from lightning_peft.report.table import TrainableTable
     from lightning_peft.search.subset_search import SubsetSearch
+    from lightning_peft.strategies.fsdp2 import FSDP2Strategy
 
 
 def __getattr__(name: str) -> Any:

@@ -17,10 +17,19 @@ _PUBLIC = {
     "quantized_layers": "layers",
 }
 
-__all__ = [*_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "Backend",
+    "Mode",
+    "QuantizedPrecision",
+    "dequantize",
+    "dequantize_layers",
+    "merge_adapter",
+    "quantize",
+    "quantized_bytes",
+    "quantized_layers",
+]
 
 if TYPE_CHECKING:
-    from lightning_peft.precision.plugin import QuantizedPrecision
     from lightning_peft.precision.layers import (
         Backend,
         Mode,
@@ -31,6 +40,7 @@ if TYPE_CHECKING:
         quantized_bytes,
         quantized_layers,
     )
+    from lightning_peft.precision.plugin import QuantizedPrecision
 
 
 def __getattr__(name: str) -> Any:

@@ -6,26 +6,29 @@ What is changed against the layers of bitsandbytes:
   the first evaluation, and the next training step fails.
 * A bias keeps its dtype and may be trained; bitsandbytes casts it, for good, to the dtype of the first input.
 * 8-bit layers compute the same in training and in evaluation on a CPU.
-* Loading a state dict that lacks the weight leaves the weight alone; floating-point weights are quantised while they are
-  loaded, quantised ones are taken as they are.
+* 4-bit weights whose rows are not whole blocks are dequantised right. The CPU kernels of bitsandbytes 0.50 apply the
+  scales of other blocks where the number of inputs is above the block size and no multiple of it.
+* Loading a state dict that lacks the weight leaves the weight alone; floating-point weights are quantised while they
+  are loaded, quantised ones are taken as they are.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
-import bitsandbytes as bnb
+import bitsandbytes
 import torch
 from bitsandbytes.functional import QuantState
-from bitsandbytes.nn import Int8Params, Params4bit
 from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from torch import nn
 
 from lightning_peft.errors import BaseMismatch
 
-__all__ = ["Linear4bit", "Linear8bit", "adopt", "is_bnb", "quantize_linear"]
+__all__ = ["Linear4bit", "Linear8bit", "adopt", "dequantize_4bit", "is_bnb", "quantize_linear"]
 
+bnb: Any = bitsandbytes  # its attributes are typed too narrowly or not at all
 Linear4bitBase: Any = bnb.nn.Linear4bit
 Linear8bitBase: Any = bnb.nn.Linear8bitLt
 
@@ -34,6 +37,28 @@ def _result_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype a linear layer answers in: autocast's where it is on, otherwise that of its input."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def dequantize_4bit(codes: torch.Tensor, state: QuantState) -> torch.Tensor:
+    """Return the weight (out, in) of packed 4-bit codes, in the dtype it was quantised from."""
+    shape: Any = state.shape
+    flat = copy.copy(state)
+    flat.shape = torch.Size((1, shape.numel()))  # one row, so that no row ends inside a block
+    return bnb.functional.dequantize_4bit(codes.view(-1, 1), flat).reshape(shape)
+
+
+class _TimesDequantized(torch.autograd.Function):
+    """``x @ W.T`` that keeps the codes of ``W`` for the backward pass and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, codes: torch.Tensor, state: QuantState) -> torch.Tensor:
+        ctx.codes, ctx.state = codes, state
+        return nn.functional.linear(x, dequantize_4bit(codes, state).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad,) = grads
+        return grad @ dequantize_4bit(ctx.codes, ctx.state).to(grad.dtype), None, None
 
 
 class _LoadsAnyWeight:
@@ -78,12 +103,16 @@ class Linear4bit(_LoadsAnyWeight, Linear4bitBase):
 
     compute_dtype: torch.dtype | None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         """Return ``x @ W.T + b``, ``W`` dequantised to the compute dtype, or to that of ``x`` if there is none."""
         fix_4bit_weight_quant_state_from_module(self)
         result = _result_dtype(x)
         dtype = self.compute_dtype or result
-        y = bnb.matmul_4bit(x.to(dtype), self.weight, quant_state=self.weight.quant_state)
+        state = self.weight.quant_state
+        if x.device.type == "cpu" and self.in_features % state.blocksize:
+            y: torch.Tensor = _TimesDequantized.apply(x.to(dtype), self.weight, state)  # pyright: ignore[reportAssignmentType]
+        else:
+            y = bnb.matmul_4bit(x.to(dtype), self.weight, quant_state=state)
         if self.bias is not None:
             y = y + self.bias.to(dtype)
         return y.to(result)
@@ -91,7 +120,7 @@ class Linear4bit(_LoadsAnyWeight, Linear4bitBase):
     def set_weight(self, weight: torch.Tensor) -> None:
         """Quantise ``weight`` (out, in) into this layer, on the weight's device."""
         old = self.weight
-        fresh = Params4bit(
+        fresh = bnb.nn.Params4bit(
             weight.detach().contiguous(),
             requires_grad=False,
             blocksize=old.blocksize,
@@ -125,7 +154,7 @@ class Linear8bit(_LoadsAnyWeight, Linear8bitBase):
 
     compute_dtype: torch.dtype | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         """Return ``x @ W.T + b``; on a GPU in 8-bit integers (LLM.int8()), on a CPU with ``W`` dequantised."""
         on_gpu = x.device.type == "cuda"
         self.state.is_training = self.training or not on_gpu
@@ -142,7 +171,7 @@ class Linear8bit(_LoadsAnyWeight, Linear8bitBase):
 
     def set_weight(self, weight: torch.Tensor) -> None:
         """Quantise ``weight`` (out, in) into this layer, on the weight's device."""
-        fresh = Int8Params(weight.detach().contiguous(), requires_grad=False, has_fp16_weights=False)
+        fresh = bnb.nn.Int8Params(weight.detach().contiguous(), requires_grad=False, has_fp16_weights=False)
         self.weight = fresh._quantize(weight.device)
         self.state.CB = self.state.SCB = None
 
@@ -150,15 +179,17 @@ class Linear8bit(_LoadsAnyWeight, Linear8bitBase):
         """Take codes and row scales, as :meth:`state_dict` gives them."""
         codes, scales = stored["weight"], stored.get("SCB")
         if codes.shape != self.weight.shape or scales is None or codes.dtype != torch.int8:
-            raise BaseMismatch(f"a stored weight of {codes.dtype} {tuple(codes.shape)} is no 8-bit weight of this layer")
+            raise BaseMismatch(
+                f"a stored weight of {codes.dtype} {tuple(codes.shape)} is no 8-bit weight of this layer"
+            )
         device = self.weight.device
-        fresh = Int8Params(codes.to(device), requires_grad=False, has_fp16_weights=False)
+        fresh = bnb.nn.Int8Params(codes.to(device), requires_grad=False, has_fp16_weights=False)
         fresh.CB, fresh.SCB = fresh.data, scales.to(device)
         self.weight = fresh
         self.state.CB = self.state.SCB = None
 
 
-def is_bnb(module: nn.Module) -> bool:
+def is_bnb(module: Any) -> bool:
     """Whether ``module`` is a linear layer of bitsandbytes with a quantised weight, ours or not."""
     if isinstance(module, Linear4bitBase):
         return True
@@ -174,10 +205,12 @@ def quantize_linear(linear: nn.Linear, mode: str, device: torch.device | None = 
         device: Where to quantise and leave the weight; None: where it is.
     """
     layer: Any
+    eight: Any = Linear8bit
+    four: Any = Linear4bit
     if mode == "int8":
-        layer = Linear8bit(linear.in_features, linear.out_features, False, has_fp16_weights=False, device="meta")
+        layer = eight(linear.in_features, linear.out_features, False, has_fp16_weights=False, device="meta")
     else:
-        layer = Linear4bit(
+        layer = four(
             linear.in_features,
             linear.out_features,
             False,

@@ -1,4 +1,4 @@
-"""Entry point that Lightning asks for callbacks whenever a Trainer is made; imports nothing that is not there already."""
+"""Entry point that Lightning asks for callbacks whenever a Trainer is made; imports only what is there already."""
 
 from __future__ import annotations
 

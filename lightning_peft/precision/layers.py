@@ -113,7 +113,7 @@ def quantize(
     """
     check_mode(mode, backend)
     for _, layer in quantized_layers(root):
-        _adopt(layer, compute_dtype)
+        _adopt(layer)
     chosen = _choose(root, scope, skip)
     if not chosen and not any(True for _ in quantized_layers(root)):
         kinds = sorted({type(module).__name__ for module in root.modules() if not any(True for _ in module.children())})
@@ -184,8 +184,8 @@ def _check_storage(chosen: dict[str, nn.Linear]) -> None:
     meta = [path for path, linear in chosen.items() if linear.weight.is_meta]
     if meta:
         raise ConfigError(
-            f"{len(meta)} layer(s) have no weights yet (meta device), {meta[0]} for one: load the weights before they are "
-            "quantised."
+            f"{len(meta)} layer(s) have no weights yet (meta device), {meta[0]} for one: load the weights before they "
+            "are quantised."
         )
     sharded = [path for path, linear in chosen.items() if hasattr(linear.weight, "_local_tensor")]
     if sharded:
@@ -210,14 +210,11 @@ def _replace(root: nn.Module, path: str, old: nn.Module, new: nn.Module) -> None
         )
 
 
-def _adopt(layer: nn.Linear, compute_dtype: torch.dtype | None) -> None:
+def _adopt(layer: nn.Linear) -> None:
     """Take over a layer that something else has quantised, bits unchanged."""
     kind = _kind(layer)
     assert kind is not None
     _backend(kind).adopt(layer)
-    if kind == "bitsandbytes" and compute_dtype is not None:
-        layer.compute_dtype = compute_dtype  # pyright: ignore[reportAttributeAccessIssue]
-        layer.compute_type_is_set = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _flag(root: nn.Module) -> None:
@@ -227,8 +224,9 @@ def _flag(root: nn.Module) -> None:
         prefix = f"{path}." if path else ""
         inside = [type(layer).__name__ for name, layer in layers.items() if name != path and name.startswith(prefix)]
         if inside:
-            module.is_loaded_in_8bit = "Linear8bit" in inside  # pyright: ignore[reportAttributeAccessIssue]
-            module.is_loaded_in_4bit = "Linear4bit" in inside  # pyright: ignore[reportAttributeAccessIssue]
+            owner: Any = module
+            owner.is_loaded_in_8bit = "Linear8bit" in inside
+            owner.is_loaded_in_4bit = "Linear4bit" in inside
 
 
 def _peft_layers(root: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -266,7 +264,8 @@ def _note_fingerprint(layer: nn.Module) -> None:
 
 def _codes(layer: nn.Module) -> list[torch.Tensor]:
     """Everything that a quantised weight consists of."""
-    weight: Any = layer.weight
+    owner: Any = layer
+    weight = owner.weight
     if _kind(layer) == "torchao":
         names, _ = weight.data.__tensor_flatten__()
         return [getattr(weight.data, name) for name in names]
@@ -274,7 +273,7 @@ def _codes(layer: nn.Module) -> list[torch.Tensor]:
     if state is not None:
         nested = [state.offset, state.state2.absmax] if state.nested else []
         return [weight.data, state.absmax, *nested]
-    scales = weight.SCB if getattr(weight, "SCB", None) is not None else getattr(layer, "state").SCB
+    scales = weight.SCB if getattr(weight, "SCB", None) is not None else owner.state.SCB
     return [weight.data, scales]
 
 
@@ -291,7 +290,9 @@ def base_fingerprint(root: nn.Module) -> dict[str, int]:
 
     It is taken once, when the layer is quantised, since a shard of it could not be compared later.
     """
-    return {path: noted for path, layer in quantized_layers(root) if (noted := getattr(layer, _NOTED, None)) is not None}
+    return {
+        path: noted for path, layer in quantized_layers(root) if (noted := getattr(layer, _NOTED, None)) is not None
+    }
 
 
 def quantized_bytes(root: nn.Module) -> int:
@@ -308,10 +309,14 @@ def dequantize(layer: nn.Module) -> torch.Tensor:
     """
     if not isinstance(layer, nn.Linear) or _kind(layer) is None:
         raise ConfigError(f"{type(layer).__name__} has no quantised weight to turn back.")
-    from peft.utils.integrations import dequantize_bnb_weight
-
     weight: Any = layer.weight
     if _kind(layer) == "bitsandbytes":
+        if getattr(weight, "quant_state", None) is not None:
+            from lightning_peft.precision.bnb import dequantize_4bit
+
+            return dequantize_4bit(weight.data, weight.quant_state).detach()
+        from peft.utils.integrations import dequantize_bnb_weight
+
         return dequantize_bnb_weight(weight, state=getattr(layer, "state", None)).detach()
     data = weight.data
     plain = data.get_original_weight() if hasattr(data, "get_original_weight") else data.dequantize()
@@ -363,9 +368,9 @@ def merge_adapter(root: nn.Module, *, dequantize: bool = False, dtype: torch.dty
     quantised = [path for path, layer in layers.items() if _kind(layer.get_base_layer())]
     if quantised and not dequantize:
         raise ConfigError(
-            f"{len(quantised)} base layer(s) are quantised, {quantised[0]} for one. A merge would round base plus adapter "
-            "to the same few levels again, and most of what the adapter learned is smaller than half a level. Say "
-            "dequantize=True for a merged model in floating point, or keep the adapter beside the base."
+            f"{len(quantised)} base layer(s) are quantised, {quantised[0]} for one. A merge would round base plus "
+            "adapter to the same few levels again, and much of what the adapter learned is smaller than half a level. "
+            "Say dequantize=True for a merged model in floating point, or keep the adapter beside the base."
         )
     if quantised:
         for _, layer in layers.items():

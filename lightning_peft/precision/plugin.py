@@ -16,9 +16,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from lightning_peft.core.names import clean_name, named_parameters
+from lightning_peft.core.names import clean_name
 from lightning_peft.core.quantized import is_quantized
 from lightning_peft.errors import BaseMismatch, ConfigError, EffectError, ResumeMismatch, UnsupportedStrategy, suggest
+from lightning_peft.methods.build import when_built
 from lightning_peft.precision.layers import (
     Backend,
     Mode,
@@ -180,12 +181,12 @@ class QuantizedPrecision(Precision):
             self.attach(trainer)
         self.prepare(module)
         self._check_adapters(module)
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            if not any(p.requires_grad for p in module.parameters()):
-                raise ConfigError(
-                    "QuantizedPrecision: nothing is left to train. A quantised weight cannot be trained: add adapters "
-                    "(the QLoRA callback, or peft), or leave layers out with skip."
-                )
+        fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        if fitting and not any(p.requires_grad for p in module.parameters()):
+            raise ConfigError(
+                "QuantizedPrecision: nothing is left to train. A quantised weight cannot be trained: add adapters "
+                "(the QLoRA callback, or peft), or leave layers out with skip."
+            )
         return module
 
     def _check_adapters(self, module: nn.Module) -> None:
@@ -298,18 +299,7 @@ class _Companion(Callback):
         if not isinstance(plugin, QuantizedPrecision):
             return
         plugin.attach(trainer)
-        previous = pl_module.__dict__.get("configure_model")
-        original = pl_module.configure_model
-
-        def configure_model() -> None:
-            if previous is None:
-                pl_module.__dict__.pop("configure_model", None)
-            else:
-                pl_module.configure_model = previous
-            original()
-            plugin.prepare(pl_module)
-
-        pl_module.configure_model = configure_model
+        when_built(pl_module, lambda: plugin.prepare(pl_module))
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ _SCALER_BLOCK = 256
 
 
 class TorchaoLinear(nn.Linear):
-    """A linear layer with a quantised weight of torchao that loads weights in floating point, in codes, or not at all."""
+    """A linear layer with a weight of torchao that loads weights in floating point, in codes, or not at all."""
 
     mode: str = ""
 
@@ -36,9 +36,7 @@ class TorchaoLinear(nn.Linear):
     ) -> None:
         key = f"{prefix}weight"
         rest = {name: value for name, value in state_dict.items() if name.startswith(prefix) and name != key}
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if key in missing_keys:
             missing_keys.remove(key)
         stored = state_dict.get(key)
@@ -64,19 +62,13 @@ class TorchaoLinear(nn.Linear):
                 f"torchao's NF4 needs weights of a multiple of {_BLOCK} elements, this one has shape "
                 f"{tuple(weight.shape)}. Name the layer in skip, or use backend='bitsandbytes'."
             )
-        self.weight = nn.Parameter(
-            to_nf4(weight, _BLOCK, math.gcd(num_blocks, _SCALER_BLOCK)), requires_grad=False
-        )
+        self.weight = nn.Parameter(to_nf4(weight, _BLOCK, math.gcd(num_blocks, _SCALER_BLOCK)), requires_grad=False)
 
 
 def is_torchao(module: nn.Module) -> bool:
     """Whether ``module`` is a linear layer with a weight that torchao has quantised."""
     weight = getattr(module, "weight", None)
-    return (
-        isinstance(module, nn.Linear)
-        and weight is not None
-        and type(weight.data).__module__.startswith("torchao.")
-    )
+    return isinstance(module, nn.Linear) and weight is not None and type(weight.data).__module__.startswith("torchao.")
 
 
 def quantize_linear(linear: nn.Linear, mode: str, device: torch.device | None = None) -> TorchaoLinear:
@@ -99,4 +91,4 @@ def adopt(module: nn.Module) -> None:
     if type(module) is nn.Linear:
         mode = "nf4-dq" if isinstance(module.weight.data, NF4Tensor) else "int8"
         module.__class__ = TorchaoLinear
-        module.mode = mode  # pyright: ignore[reportAttributeAccessIssue]
+        setattr(module, "mode", mode)  # noqa: B010

@@ -1,0 +1,1 @@
+"""Methods that train beside, or on, quantised weights: one paper, one file."""
