@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
@@ -35,6 +35,7 @@ __all__ = ["QuantizedPrecision", "companion_callbacks"]
 
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 _VERSION = 1
+_ATTACHED = "_lightning_peft_quantized_precision"
 
 _alive: weakref.WeakSet[QuantizedPrecision] = weakref.WeakSet()
 
@@ -143,10 +144,22 @@ class QuantizedPrecision(Precision):
         """Learn the device, and leave quantised weights out of the Trainer's checkpoints."""
         strategy = trainer.strategy
         self._device = strategy.root_device
-        if getattr(strategy.lightning_module_state_dict, "__func__", None) is not _small_state_dict:
-            strategy.lightning_module_state_dict = _small_state_dict.__get__(  # pyright: ignore[reportAttributeAccessIssue]
-                strategy, type(strategy)
-            )
+        if getattr(strategy, _ATTACHED, False):
+            return
+        setattr(strategy, _ATTACHED, True)
+        whole_state_dict, load = strategy.lightning_module_state_dict, strategy.load_model_state_dict
+
+        def lightning_module_state_dict() -> dict[str, Any]:
+            return _without_base(whole_state_dict(), strategy.lightning_module)
+
+        def load_model_state_dict(checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+            plugin, module = strategy.precision_plugin, strategy.lightning_module
+            if isinstance(plugin, QuantizedPrecision) and module is not None:
+                plugin.check_checkpoint(module, checkpoint)
+            load(checkpoint, strict=strict)
+
+        strategy.lightning_module_state_dict = lightning_module_state_dict
+        strategy.load_model_state_dict = load_model_state_dict
 
     def prepare(self, module: LightningModule) -> None:
         """Quantise a whole module if that has not been done; called when it is built and before it is wrapped."""
@@ -231,7 +244,7 @@ class QuantizedPrecision(Precision):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to restore: what the state says was compared when the checkpoint was opened."""
 
-    def check_checkpoint(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def check_checkpoint(self, module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
         """Compare the base that a checkpoint was written on with this one.
 
         Raises:
@@ -267,10 +280,8 @@ class QuantizedPrecision(Precision):
             )
 
 
-def _small_state_dict(strategy: Strategy) -> dict[str, Any]:
-    """A strategy's ``lightning_module_state_dict`` without quantised weights."""
-    state = type(strategy).lightning_module_state_dict(strategy)
-    module = strategy.lightning_module
+def _without_base(state: dict[str, Any], module: nn.Module | None) -> dict[str, Any]:
+    """A model's state dict without quantised weights."""
     if module is None:
         return state
     layers = [path for path, _ in quantized_layers(module)]
@@ -300,12 +311,6 @@ class _Companion(Callback):
             return
         plugin.attach(trainer)
         when_built(pl_module, lambda: plugin.prepare(pl_module))
-
-    @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        plugin = trainer.precision_plugin
-        if isinstance(plugin, QuantizedPrecision):
-            plugin.check_checkpoint(pl_module, checkpoint)
 
 
 def companion_callbacks() -> list[Callback]:
