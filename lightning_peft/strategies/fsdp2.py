@@ -261,7 +261,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             different = same_on_all_ranks(module)
             if different:
                 rank_zero_info(
-                    f"{len(different)} tensor(s) differed between ranks and are rank 0's now: {different[0]}"
+                    f"{len(different)} tensor(s) differed between ranks, such as {different[0]}; rank 0's are taken."
                 )
         if int(self._tensor_parallel_size) > 1:
             from lightning_peft.strategies.tensor_parallel import apply_tensor_parallel

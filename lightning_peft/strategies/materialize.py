@@ -6,7 +6,6 @@ part. No rank ever holds more than one whole tensor beside its shards.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_peft.core.names import clean_name, parameter_aliases
@@ -235,7 +235,9 @@ def _initialise(
     module: nn.Module, names: list[str], full: Mapping[str, str], owner: nn.Module | None, seed: int
 ) -> None:
     """Draw whole values in a stand-in of ``module`` on the CPU and keep this rank's part."""
-    stand_in = copy.copy(module)
+    cls = type(module)
+    stand_in = object.__new__(cls.__mro__[2] if issubclass(cls, FSDPModule) else cls)
+    vars(stand_in).update(vars(module))  # pyright: ignore[reportAttributeAccessIssue]
     own = {**module._parameters, **module._buffers}
     whole: dict[str, Any] = {
         name: None if t is None else torch.zeros(t.shape, dtype=t.dtype) for name, t in own.items()

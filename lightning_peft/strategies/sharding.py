@@ -112,33 +112,34 @@ def shard_model(
 ) -> None:
     """Call ``fully_shard`` on each block, innermost first, and on ``root`` for all that is left.
 
-    A weight that several blocks share, or a block and the rest, goes into the root's group, which is there for the
-    whole step: two groups cannot own it.
+    Two groups cannot own one weight: a block that shares one with another block or with the rest joins the root's
+    group, which is there for the whole step.
     """
-    shared = _shared_between(root, list(blocks.values()))
+    for module in root.modules():  # bitsandbytes looks there when the weight has become a plain tensor
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and getattr(module, "quant_state", None) is None:
+            module.quant_state = state
+    own = {id(block) for block in blocks.values()} - _sharing(root, list(blocks.values()))
     for module in reversed(list(root.modules())):
-        if module is not root and any(module is block for block in blocks.values()):
+        if id(module) in own:
             fully_shard(
-                module,
-                mesh=mesh,
-                mp_policy=policy,
-                offload_policy=offload,
-                reshard_after_forward=reshard_after_forward,
-                ignored_params=shared,
+                module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard_after_forward
             )
     fully_shard(root, mesh=mesh, mp_policy=root_policy, offload_policy=offload)
+    assert not unsharded_names(root), unsharded_names(root)
     gather_root_on_demand(root)
 
 
-def _shared_between(root: nn.Module, blocks: list[nn.Module]) -> set[nn.Parameter]:
-    """The parameters with names in more than one group."""
-    owner = {id(part): index for index, block in enumerate(blocks) for part in block.modules()}
-    groups: dict[nn.Parameter, set[int]] = {}
-    for part in root.modules():
-        for parameter in part._parameters.values():
-            if parameter is not None:
-                groups.setdefault(parameter, set()).add(owner.get(id(part), -1))
-    return {parameter for parameter, owners in groups.items() if len(owners) > 1}
+def _sharing(root: nn.Module, blocks: list[nn.Module]) -> set[int]:
+    """Ids of the blocks that hold a weight which lies outside of them, too."""
+    found: set[int] = set()
+    for block in blocks:
+        inside = {id(part) for part in block.modules()}
+        weights = {id(parameter) for parameter in block.parameters()}
+        outside = (p for part in root.modules() if id(part) not in inside for p in part._parameters.values())
+        if any(id(parameter) in weights for parameter in outside):
+            found.add(id(block))
+    return found
 
 
 def gather_root_on_demand(root: nn.Module) -> None:

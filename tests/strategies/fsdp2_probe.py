@@ -20,6 +20,7 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_peft import FSDP2Strategy
 from lightning_peft.core.names import clean_name, named_parameters
 from lightning_peft.core.sharded import whole
+from lightning_peft.data.loader import ResumableDataLoader
 from lightning_peft.errors import LightningPeftError
 from lightning_peft.strategies.partial_state import reshard
 
@@ -225,7 +226,7 @@ def loader(module: pl.LightningModule, num_tensor: int = 1) -> DataLoader[Any]:
         data = TensorDataset(torch.randint(0, 19, (NUM_STEPS * GLOBAL_BATCH * 2, 6), generator=generator))
     size, rank = int(os.environ.get("WORLD_SIZE", "1")) // num_tensor, int(os.environ.get("RANK", "0")) // num_tensor
     sampler = DistributedSampler(data, size, rank, shuffle=False)
-    return DataLoader(data, batch_size=GLOBAL_BATCH // size, sampler=sampler)
+    return ResumableDataLoader(data, batch_size=GLOBAL_BATCH // size, sampler=sampler)
 
 
 def weights(module: pl.LightningModule) -> dict[str, torch.Tensor]:
@@ -320,12 +321,166 @@ CASES: dict[str, Case] = {
 }
 
 
+def evaluate(run: pl.Trainer, module: Language) -> dict[str, Any]:
+    return {
+        "validate": run.validate(module, loader(module), verbose=False),
+        "test": run.test(module, loader(module), verbose=False),
+        "predict": torch.cat(run.predict(module, loader(module))).float(),
+    }
+
+
+def life(out: Path, strategy: Callable[[], Strategy | str], make: Callable[[], Language]) -> dict[str, Any]:
+    """Evaluate, train with validation between, evaluate, and train again with another Trainer."""
+    torch.manual_seed(5)
+    module, results = make(), {}
+    results["before"] = evaluate(trainer(out, strategy()), module)
+    for fits in ("first", "second"):
+        watch = Watch()
+        run = trainer(out, strategy(), watch, limit_val_batches=2, val_check_interval=2)
+        run.fit(module, loader(module), loader(module))
+        results[fits] = {"gradients": watch.steps, "weights": weights(module), "logged": run.callback_metrics}
+        results[f"after {fits}"] = evaluate(run, module)
+    return results
+
+
+def checkpoints(out: Path) -> dict[str, Any]:
+    results = {}
+    for form in ("sharded", "full"):
+        path = out / f"{form}.ckpt"
+        settings: dict[str, Any] = {"save_distributed_checkpoint": form == "sharded"}
+        results[form] = fit(out, FSDP2Strategy(**settings), Language, Save(path))
+        results[f"{form}/resumed"] = fit(out, FSDP2Strategy(**settings), Language, ckpt=path, seed=6)
+        torch.manual_seed(7)
+        module = Language()
+        run = trainer(out, FSDP2Strategy(**settings))
+        results[f"{form}/tested"] = run.test(module, loader(module), ckpt_path=path, verbose=False)
+    return results
+
+
+def materialized(out: Path) -> dict[str, Any]:
+    """Models without memory: weights from a folder (in one file and in several), from a file of a body, and drawn."""
+    results: dict[str, Any] = {}
+    for name, folder in (("folder", "whole"), ("shards", "parts")):
+        results[name] = fit_empty(out, weights=str(out / folder))
+    results["meta device"] = fit_empty(out, weights=str(out / "whole"), how="device")
+    results["offloaded"] = fit_empty(out, weights=str(out / "whole"), cpu_offload=True)
+    results["tied"] = fit_empty(out, lambda: Language(gpt2), weights=str(out / "gpt2"))
+    results["body"] = fit_empty(out, weights=str(out / "body" / "model.safetensors"))
+    results["drawn"] = fit_empty(out, lambda: Language(gpt2))
+    results["drawn vectors"] = fit_empty(out, lambda: Vectors(lambda: nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3))))
+    return results
+
+
+def fit_empty(
+    out: Path, make: Callable[[], Language] = Language, how: str = "trainer", **settings: Any
+) -> dict[str, Any]:
+    torch.manual_seed(5)
+    start, watch = Start(), Watch()
+    run = trainer(out, FSDP2Strategy(**settings), start, watch)
+    with run.init_module(empty_init=True) if how == "trainer" else torch.device("meta"):
+        module = make()
+    assert all(p.is_meta for p in module.parameters())
+    run.fit(module, loader(module))
+    buffers = {name: whole(buffer).clone() for name, buffer in module.named_buffers()}
+    return {"gradients": watch.steps, "weights": weights(module), "start": start.weights, "buffers": buffers}
+
+
+class Start(pl.Callback):
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.weights = weights(pl_module)
+
+
+def unlike_ranks(out: Path) -> dict[str, Any]:
+    """Every rank draws weights of its own."""
+    start = Start()
+    fit(out, FSDP2Strategy(), Vectors, start, seed=5 + int(os.environ["RANK"]))
+    return start.weights
+
+
+def adapters(out: Path, strategy: Strategy | str, quantised: bool) -> dict[str, Any]:
+    """LoRA, put in between conversion and sharding, over a float32 or a 4-bit base."""
+    return fit(out, strategy, Language, Inject(quantised))
+
+
+class Inject(pl.Callback):
+    def __init__(self, quantised: bool) -> None:
+        self.quantised = quantised
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        original = trainer.strategy.setup
+
+        def setup(run: pl.Trainer) -> None:
+            trainer.strategy.setup = original
+            self.inject(pl_module)
+            original(run)
+
+        trainer.strategy.setup = setup
+
+    def inject(self, module: Any) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        if self.quantised:
+            quantise(module.model)
+            module.model.is_loaded_in_4bit = True
+        with torch.random.fork_rng():
+            torch.manual_seed(9)
+            config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+            module.model = get_peft_model(module.model, config)
+
+
+def quantise(model: nn.Module) -> None:
+    import bitsandbytes as bnb
+
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and "layers" in name:
+            parent = model.get_submodule(name.rpartition(".")[0])
+            quantised = bnb.nn.Linear4bit(
+                linear.in_features, linear.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4"
+            )
+            quantised.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+            quantised.support_avx512bf16_for_cpu = False  # would repack the weights in evaluation on some machines
+            setattr(parent, name.rpartition(".")[2], quantised.to("cpu"))
+
+
+def mistakes(out: Path) -> dict[str, Any]:
+    def attempt(make: Callable[[], Language] = Language, precision: Any = None, **settings: Any) -> str:
+        return raised(lambda: fit(out, FSDP2Strategy(**settings), make, precision=precision))
+
+    class Different(Vectors):
+        def __init__(self) -> None:
+            super().__init__()
+            if os.environ["RANK"] == "1":
+                self.more = nn.Linear(2, 2)
+
+    return {
+        "tensor": attempt(tensor_parallel_size=3),
+        "data": attempt(data_parallel_size=3),
+        "replicas": attempt(num_replicas=3),
+        "blocks": attempt(blocks=["LlamaDecoderLayers"]),
+        "container": attempt(blocks=["model.model.layers"]),
+        "different": attempt(Different),
+        "no folder": raised(lambda: fit_empty(out, weights=str(out / "wholly"))),
+        "not whole": raised(lambda: fit_empty(out, weights=str(out / "lacking"))),
+        "other model": raised(lambda: fit_empty(out, lambda: Language(gpt2), weights=str(out / "whole"))),
+        "no reset": raised(lambda: fit_empty(out, Vectors)),
+    }
+
+
 def main(task: str, out: Path) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    results: dict[str, Any] = {}
     if task == "cases":
-        results: dict[str, Any] = {name: case.run(out, single=False) for name, case in CASES.items()}
+        results = {name: case.run(out, single=False) for name, case in CASES.items()}
     else:
-        raise ValueError(task)
+        results["life"] = life(out, FSDP2Strategy, Language)
+        results["life of vectors"] = life(out, FSDP2Strategy, Vectors)
+        results["checkpoints"] = checkpoints(out)
+        results["materialized"] = materialized(out)
+        results["unlike"] = unlike_ranks(out)
+        results["mistakes"] = mistakes(out)
+        for name, quantised in (("lora", False), ("qlora", True)):
+            results[name] = adapters(out, FSDP2Strategy(), quantised)
     torch.save(results, out / f"{task}_rank{os.environ['RANK']}.pt")
 
 
