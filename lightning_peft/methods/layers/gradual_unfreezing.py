@@ -62,7 +62,7 @@ def layer_groups(structure: Structure, names: Sequence[str], blocks_per_group: i
     groups: dict[str, tuple[str, ...]] = {"embeddings": tuple(lowest)}
     first = len(inside) % blocks_per_group  # groups are counted from the top: the lowest one may be smaller
     starts = [*([0] if first else []), *range(first, len(inside), blocks_per_group)]
-    for start, end in zip(starts, [*starts[1:], len(inside)], strict=True):
+    for start, end in zip(starts, [*starts[1:], len(inside)], strict=False):
         part = inside[start:end]
         label = part[0][0] if len(part) == 1 else f"{part[0][0]} to {part[-1][0]}"
         groups[label] = tuple(name for _, members in part for name in members)
