@@ -326,10 +326,9 @@ def _seed(seed: int, index: int) -> int:
 def _is_range(value: Any) -> bool:
     if isinstance(value, list):
         return bool(value) and all(isinstance(choice, (str, int, float, bool, type(None))) for choice in value)
-    log = value[2:] if isinstance(value, tuple) else None
-    if log not in ((), ("log",)):
+    if not isinstance(value, tuple) or len(value) < 2 or value[2:] not in ((), ("log",)):
         return False
-    return all(map(is_number, value[:2])) and value[0] < value[1] and (not log or value[0] > 0)
+    return all(map(is_number, value[:2])) and value[0] < value[1] and (len(value) == 2 or value[0] > 0)
 
 
 def _suggest(trial: Any, name: str, space: Any) -> Any:
