@@ -262,7 +262,7 @@ def load_checkpoint(
     """
     path = Path(strategy.broadcast(path))
     if weights_only is None:
-        weights_only = _weights_only_of_fit()
+        weights_only = weights_only_of_fit()
     assert strategy.model is not None
     assert strategy.lightning_module is not None
     strict = bool(strategy.lightning_module.strict_loading)
@@ -275,7 +275,7 @@ def load_checkpoint(
     raise ConfigError(f"No checkpoint at {str(path)!r}: it is {kind}.")
 
 
-def _weights_only_of_fit() -> bool | None:
+def weights_only_of_fit() -> bool | None:
     """The argument of the ``Trainer.fit`` (or ``validate``, ...) that is running, which is kept nowhere else."""
     frame = sys._getframe()
     while frame is not None:
@@ -285,7 +285,7 @@ def _weights_only_of_fit() -> bool | None:
     return None
 
 
-def _read(path: Path, weights_only: bool | None, mmap: bool) -> dict[str, Any]:
+def read_checkpoint(path: Path, weights_only: bool | None, mmap: bool) -> dict[str, Any]:
     try:
         return torch.load(path, mmap=mmap, map_location="cpu", weights_only=weights_only)
     except pickle.UnpicklingError as error:
@@ -313,7 +313,7 @@ def _load_sharded(
     set_model_state_dict(strategy.model, {**target, **wanted}, options=StateDictOptions(strict=strict))
     for index, optimizer in enumerate(strategy.optimizers):
         _load_sharded_optimizer(strategy.model, optimizer, f"optimizer_{index}", path, metadata)
-    return _read(path / _METADATA_FILENAME, weights_only, mmap=False)
+    return read_checkpoint(path / _METADATA_FILENAME, weights_only, mmap=False)
 
 
 def _check_files(strategy: ModelParallelStrategy, path: Path, metadata: Metadata) -> None:
@@ -398,7 +398,7 @@ def _check_groups(saved: list[list[str]], now: list[list[str]], state: Mapping[s
 
 def _load_full(strategy: ModelParallelStrategy, path: Path, weights_only: bool | None, strict: bool) -> dict[str, Any]:
     assert strategy.model is not None
-    checkpoint = _read(path, weights_only, mmap=True)
+    checkpoint = read_checkpoint(path, weights_only, mmap=True)
     saved = checkpoint.pop("state_dict", None)
     if saved is None:
         raise ConfigError(f"{str(path)!r} is no Lightning checkpoint: it has no 'state_dict'.")
