@@ -51,6 +51,15 @@ class Shard:
             stride=self._stride,
         )
 
+    @staticmethod
+    def of_spec(piece: Tensor, spec: Any) -> Tensor:
+        """Make a sharded tensor of a piece after torch's own description of one."""
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(
+            piece, spec.mesh, spec.placements, run_check=False, shape=spec.shape, stride=spec.stride
+        )
+
     def of_whole(self, tensor: Tensor) -> Tensor:
         """Keep this process's piece of a tensor that every process holds whole; nothing is sent."""
         from torch.distributed.tensor import distribute_tensor

@@ -28,12 +28,14 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_peft.core.sharded import Shard, is_sharded, local
 from lightning_peft.errors import ConfigError, EffectError, UnsupportedStrategy
 from lightning_peft.strategies.partial_state import (
-    _read,
-    _weights_only_of_fit,
+    fsdp_modules,
     keep_partial_state,
     lazy_init_all_trainable,
+    param_groups,
+    read_checkpoint,
     refresh_dtypes,
     reshard,
+    weights_only_of_fit,
 )
 
 __all__ = ["DDPGuard", "FSDP1Guard", "FSDP2Guard", "StrategyGuard", "all_ranks_agree", "guard_for"]
@@ -150,6 +152,9 @@ class _ShardingGuard(StrategyGuard):
         return [bool(flag) for flag in found.tolist()]
 
 
+_WAITING = "waiting "
+
+
 class FSDP2Guard(_ShardingGuard):
     """Let parameters of ``fully_shard`` groups freeze and thaw, and save and load the states of those that train.
 
@@ -199,6 +204,37 @@ class FSDP2Guard(_ShardingGuard):
         """Let the groups read again in which dtype they reduce gradients."""
         assert self.strategy.model is not None
         refresh_dtypes(self.strategy.model)
+
+    def take_gradients(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        """Return shards, and whole gradients that wait to be reduced at the end of the accumulation window."""
+        waiting: dict[str, torch.Tensor] = {}
+        for name, part in self._parts(parameters):
+            whole = part.unsharded_accumulated_grad
+            if whole is None and hasattr(part, "_unsharded_param"):
+                whole = part._unsharded_param.grad
+            if whole is not None:
+                waiting[_WAITING + name] = local(whole).cpu()
+        return {**super().take_gradients(parameters), **waiting}
+
+    def put_gradients(self, parameters: Mapping[str, nn.Parameter], saved: Mapping[str, torch.Tensor]) -> None:
+        """Make them what they were; those that wait are added to the next micro-batch's before it is reduced."""
+        shards = {name: gradient for name, gradient in saved.items() if not name.startswith(_WAITING)}
+        super().put_gradients(parameters, shards)
+        for name, part in self._parts(parameters):
+            whole = saved.get(_WAITING + name)
+            if whole is not None:
+                whole = whole.to(self.strategy.root_device)
+                spec = getattr(part, "_tp_spec", None)
+                part.unsharded_accumulated_grad = whole if spec is None else Shard.of_spec(whole, spec)
+
+    def _parts(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Any]]:
+        """FSDP2's own record of each of its parameters, by name."""
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        assert self.strategy.model is not None
+        for module in fsdp_modules(self.strategy.model):
+            for group in param_groups(module):
+                for part in group.fsdp_params:
+                    yield names[id(part.sharded_param)], part
 
 
 class FSDP1Guard(_ShardingGuard):
@@ -314,7 +350,7 @@ def _metadata(strategy: Any, path: Any, weights_only: bool | None) -> dict[str, 
     meta = path / _METADATA_FILENAME if path.is_dir() else path
     if not meta.is_file():
         return {}  # whoever loads it says what is wrong
-    return _read(meta, _weights_only_of_fit() if weights_only is None else weights_only, mmap=meta is path)
+    return read_checkpoint(meta, weights_only_of_fit() if weights_only is None else weights_only, mmap=meta is path)
 
 
 def _is_fsdp1(module: Any) -> bool:
