@@ -22,6 +22,7 @@ from lightning_peft.errors import ConfigError, ScopeError, suggest
 __all__ = [
     "Backend",
     "Mode",
+    "adopt",
     "base_fingerprint",
     "check_mode",
     "dequantize",
@@ -112,8 +113,7 @@ def quantize(
         ScopeError: If ``scope`` or ``skip`` matches nothing, or there is no linear layer to quantise.
     """
     check_mode(mode, backend)
-    for _, layer in quantized_layers(root):
-        _adopt(layer)
+    adopt(root)
     chosen = _choose(root, scope, skip)
     if not chosen and not any(True for _ in quantized_layers(root)):
         kinds = sorted({type(module).__name__ for module in root.modules() if not any(True for _ in module.children())})
@@ -210,11 +210,12 @@ def _replace(root: nn.Module, path: str, old: nn.Module, new: nn.Module) -> None
         )
 
 
-def _adopt(layer: nn.Linear) -> None:
-    """Take over a layer that something else has quantised, bits unchanged."""
-    kind = _kind(layer)
-    assert kind is not None
-    _backend(kind).adopt(layer)
+def adopt(root: nn.Module) -> None:
+    """Take over all layers below ``root`` that something else has quantised: no bit changes, see ``precision.bnb``."""
+    for _, layer in quantized_layers(root):
+        kind = _kind(layer)
+        assert kind is not None
+        _backend(kind).adopt(layer)
 
 
 def _flag(root: nn.Module) -> None:

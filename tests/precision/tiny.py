@@ -41,7 +41,7 @@ class LoRAModule(pl.LightningModule):
 
     def __init__(
         self,
-        where: Literal["init", "configure", "quantize_first", "bare"] = "init",
+        where: Literal["init", "configure", "quantize_first", "bare", "configure_bare"] = "init",
         seed: int = 1,
         dtype: torch.dtype = torch.float32,
         optimizer: Any = torch.optim.AdamW,

@@ -149,7 +149,10 @@ class QLoRA(MethodCallback):
             return done["paths"]
         from peft import LoraConfig, inject_adapter_in_model
 
+        from lightning_peft.precision.layers import adopt
+
         paths = adapted_layers(root, self.layers)
+        adopt(root)
         flags = {name: parameter.requires_grad for name, parameter in named_parameters(root).items()}
         config = LoraConfig(
             r=self.rank,
