@@ -134,11 +134,16 @@ def test_callbacks_of_the_user_start_anew(tmp_path: Path) -> None:
 
 def test_a_factory_gives_all_trials_the_same_start() -> None:
     """Although it draws random weights, and although a hyper-parameter makes it draw others."""
+
+    def factory(draws: int = 0, **given: Any) -> Tiny:
+        torch.rand(draws)
+        return Tiny(**given)
+
     torch.manual_seed(11)
     found = runner(
-        Tiny, trainer={**TRAINER, "max_steps": 1}, evaluate=lambda t, m: {"frozen": digest(m.net[3]), "lr": m.lr}
+        factory, trainer={**TRAINER, "max_steps": 1}, evaluate=lambda t, m: {"frozen": digest(m.net[3]), "lr": m.lr}
     )
-    results = [found.run([subset(1)], given) for given in ({}, {"lr": 0.5}, {"width": 7})]
+    results = [found.run([subset(1)], given) for given in ({}, {"lr": 0.5, "draws": 3}, {"width": 7})]
     assert len({values["frozen"] for values in results}) == 1
     assert [values["lr"] for values in results] == [0.1, 0.5, 0.1]
     assert results[0]["val_loss"] != results[1]["val_loss"]
