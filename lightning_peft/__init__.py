@@ -37,6 +37,7 @@ _PUBLIC: dict[str, str] = {
     "QuantizedPrecision": "lightning_peft.precision.plugin",
     # strategies
     "FSDP2Strategy": "lightning_peft.strategies.fsdp2",
+    "consolidate_checkpoint": "lightning_peft.strategies.consolidate",
     # searches for what should train
     "SubsetSearch": "lightning_peft.search.subset_search",
     # reports
@@ -95,6 +96,7 @@ if TYPE_CHECKING:
     from lightning_peft.report.ledger_plot import TrainingLedger
     from lightning_peft.report.table import TrainableTable
     from lightning_peft.search.subset_search import SubsetSearch
+    from lightning_peft.strategies.consolidate import consolidate_checkpoint
     from lightning_peft.strategies.fsdp2 import FSDP2Strategy
 
 

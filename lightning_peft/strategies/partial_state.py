@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -41,7 +42,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, l
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
@@ -49,7 +50,7 @@ from torch.utils._pytree import tree_map
 from lightning_peft.core.masters import original
 from lightning_peft.core.names import named_parameters
 from lightning_peft.core.sharded import local
-from lightning_peft.errors import ConfigError, ResumeMismatch, nearest
+from lightning_peft.errors import ConfigError, ResumeMismatch, UnsupportedStrategy, nearest
 
 __all__ = [
     "PARTIAL_STATE_KEY",
@@ -173,6 +174,9 @@ def optimizer_state(strategy: ModelParallelStrategy, optimizer: Optimizer | Ligh
     Returns:
         Shards on the CPU by parameter name; or, for a full checkpoint, whole tensors by number on rank 0 and nothing
         on the others.
+
+    Raises:
+        UnsupportedStrategy: The optimizer keeps state of sharded weights that differs by rank and is not sharded.
     """
     inner = _inner(optimizer)
     assert strategy.model is not None
@@ -182,6 +186,7 @@ def optimizer_state(strategy: ModelParallelStrategy, optimizer: Optimizer | Ligh
     keys: dict[int, Any] = {id(p): number if full else name for number, (name, p) in enumerate(parameters.items())}
     raw = inner.state_dict()
     members = [_key_of(member, keys, inner) for group in inner.param_groups for member in group["params"]]
+    _check_layout(inner)
     state = {
         members[index]: tree_map(lambda leaf: _saved_leaf(leaf, full, leader), leaves)
         for index, leaves in raw["state"].items()
@@ -191,6 +196,19 @@ def optimizer_state(strategy: ModelParallelStrategy, optimizer: Optimizer | Ligh
         return {}
     groups = [{**group, "params": [members[index] for index in group["params"]]} for group in raw["param_groups"]]
     return {"state": state, "param_groups": groups}
+
+
+def _check_layout(optimizer: Optimizer) -> None:
+    for parameter, leaves in optimizer.state.items():
+        if not isinstance(parameter, DTensor) or parameter.device_mesh.size() == 1:
+            continue
+        for key, leaf in leaves.items():
+            if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor) and leaf.numel() > 1:
+                raise UnsupportedStrategy(
+                    f"{type(optimizer).__name__} keeps {key!r} (shape {list(leaf.shape)}) of a sharded weight as a "
+                    "plain tensor of each rank, which a checkpoint of all ranks cannot hold. Use an optimizer that "
+                    "works with DTensor, such as those of torch.optim."
+                )
 
 
 def _saved_leaf(leaf: Any, full: bool, leader: bool) -> Any:
@@ -353,9 +371,34 @@ def _load_sharded_optimizer(
             flat[key] = torch.zeros(entry.size, dtype=dtype)
     if not flat:
         raise _no_optimizer_state(path)
-    load(flat, checkpoint_id=path, planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False))
+    read_flat(flat, path)
+    state, groups = optimizer_tree(flat, paths)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    now = [[_key_of(member, names, optimizer) for member in group["params"]] for group in optimizer.param_groups]
+    _check_groups([list(group["params"]) for group in groups], now, state, path)
+    order = [name for group in now for name in group]
+    members = dict(zip(order, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
+    laid_out = {
+        order.index(name): tree_map(lambda leaf, member=members[name]: _beside_shards(leaf, member), leaves)
+        for name, leaves in state.items()
+    }
+    _apply_state(optimizer, laid_out, groups)
+
+
+def read_flat(flat: dict[str, Any], path: Path, alone: bool = False) -> None:
+    """Fill ``flat``, by the names that the sharded checkpoint at ``path`` uses; without other ranks if ``alone``."""
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
+        load(flat, checkpoint_id=path, planner=planner, no_dist=alone)
+
+
+def optimizer_tree(
+    flat: Mapping[str, Any], paths: Mapping[str, tuple[Any, ...]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the states by parameter name and the parameter groups of one optimizer in a sharded checkpoint."""
     state: dict[str, Any] = {}
-    groups: Any = []
+    groups: list[dict[str, Any]] = []
     for key, value in flat.items():
         where = paths[key][1:]
         if where[0] == "state":
@@ -367,11 +410,7 @@ def _load_sharded_optimizer(
             index = int(where[1])
             groups.extend({} for _ in range(index + 1 - len(groups)))
             _put(groups[index], where[2:], value)
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    now = [[_key_of(member, names, optimizer) for member in group["params"]] for group in optimizer.param_groups]
-    _check_groups([list(group["params"]) for group in groups], now, state, path)
-    order = [name for group in now for name in group]
-    _apply_state(optimizer, {order.index(name): leaves for name, leaves in state.items()}, groups)
+    return state, groups
 
 
 def _put(nested: dict[Any, Any], keys: tuple[Any, ...], value: Any) -> None:
@@ -446,11 +485,21 @@ def _loaded_leaf(leaf: Any, member: Tensor) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     if not isinstance(member, DTensor) or leaf.shape != member.shape:
-        return leaf.clone()  # the file is mapped and may be replaced while training goes on
+        # the file is mapped and may be replaced while training goes on
+        return _beside_shards(leaf.clone(), member)
     piece = local_part(leaf, member).to(member.to_local().device, copy=True)
     return DTensor.from_local(
         piece, member.device_mesh, member.placements, run_check=False, shape=member.shape, stride=member.stride()
     )
+
+
+def _beside_shards(leaf: Any, member: Tensor) -> Any:
+    """A leaf that is not laid out as its parameter: the same on every rank (row and column sums of Adafactor)."""
+    if not isinstance(leaf, Tensor) or isinstance(leaf, DTensor) or not isinstance(member, DTensor) or leaf.ndim == 0:
+        return leaf
+    placements = [Replicate()] * member.device_mesh.ndim
+    piece = leaf.to(member.to_local().device)
+    return DTensor.from_local(piece, member.device_mesh, placements, run_check=False)
 
 
 def _apply_state(optimizer: Optimizer, state: dict[int, Any], groups: list[dict[str, Any]]) -> None:

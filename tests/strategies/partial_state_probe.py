@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from lightning_peft.errors import LightningPeftError
 from lightning_peft.strategies.partial_state import (
@@ -42,6 +42,32 @@ class Block(nn.Module):
 
 class Custom:
     """Something that torch.load refuses by default."""
+
+
+class Columns(torch.optim.Optimizer):
+    """Keeps sums over the rows of a gradient, the same on every rank and not laid out as the weights are."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure is not None else None
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            sums = parameter.grad.square().sum(0)
+            if isinstance(sums, DTensor):
+                sums = sums.redistribute(placements=[Replicate()] * sums.device_mesh.ndim)
+            state = self.state[parameter]
+            state["sums"] = state["sums"].lerp(sums, 0.1) if "sums" in state else sums
+            parameter.sub_(parameter.grad / (state["sums"].sqrt() + 1), alpha=0.05)
+        return loss
+
+
+class Local(torch.optim.SGD):
+    """Keeps something of this rank's piece alone."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            self.state[parameter]["seen"] = parameter.grad.to_local().clone()
+        return loss
 
 
 class Module(pl.LightningModule):
@@ -85,6 +111,10 @@ class Module(pl.LightningModule):
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
         if self.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=0.05)
+        if self.optimizer == "columns":
+            return Columns(groups, {"lr": 0.05})
+        if self.optimizer == "local":
+            return Local(groups, lr=0.05)
         return torch.optim.AdamW(groups, lr=0.05)
 
 
@@ -209,6 +239,11 @@ def two(out: Path) -> dict[str, Any]:
                 results[f"{case}/{position}"] = fit(out, stock(form == "full"), keep=keep, ckpt=ckpt)
     results["validation"] = fit(out, stock(True), val_check_interval=2, limit_val_batches=1)
     results["from_one"] = fit(out, stock(True), ckpt=out / "single" / "5.ckpt")
+    for form in ("sharded", "full"):
+        folder, make = out / f"columns_{form}", lambda: Module("columns")
+        results[f"columns/{form}"] = fit(out, stock(form == "full"), Save(folder), make=make)
+        results[f"columns/{form}/5"] = fit(out, stock(form == "full"), ckpt=folder / "5.ckpt", make=make)
+    results["local"] = raised(lambda: fit(out, stock(False), Save(out / "local"), make=lambda: Module("local")))
     results["sgd"] = fit(out, stock(False), Save(out / "sgd"), make=lambda: Module("sgd"))
     results["sgd/5"] = fit(out, stock(False), ckpt=out / "sgd" / "5.ckpt", make=lambda: Module("sgd"))
     results.update(mistakes(out))

@@ -9,6 +9,8 @@ import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from lightning_peft import consolidate_checkpoint
+from lightning_peft.errors import ConfigError
 from tests.distributed.launch import launch
 from tests.strategies import partial_state_probe as probe
 
@@ -108,6 +110,49 @@ def test_world_of_one(ranks: list[dict[str, Any]], single: dict[str, Any], folde
 def test_optimizer_without_any_state(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["sgd"]["states"] == {}
     assert_equal(ranks[0]["sgd/5"], ranks[0]["sgd"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_state_that_is_laid_out_otherwise(form: str, ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank[f"columns/{form}"]["states"]["blocks.0.linear.weight"]["sums"].shape == (probe.WIDTH,)
+        assert_equal(rank[f"columns/{form}/5"], rank[f"columns/{form}"])
+    assert_equal(ranks[0][f"columns/{form}"], ranks[1][f"columns/{form}"])
+
+
+def test_state_of_one_rank_is_refused(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["local"].startswith("UnsupportedStrategy: Local keeps 'seen'")
+
+
+@pytest.mark.parametrize("policy", ["True", "False"])
+def test_consolidated_checkpoint_equals_the_full_one(policy: str, ranks: list[dict[str, Any]], folder: Path) -> None:
+    file = folder / f"consolidated_{policy}.ckpt"
+    made = consolidate_checkpoint(folder / "sharded" / policy / "5.ckpt", file)
+    full = torch.load(folder / "full" / policy / "5.ckpt", weights_only=True)
+    torch.testing.assert_close(made["state_dict"], full["state_dict"], rtol=0, atol=0)
+    assert made["state_dict"].keys() == probe.Module().state_dict().keys()
+    optimizer = probe.Module().configure_optimizers()
+    optimizer.load_state_dict(made["optimizer_states"][0])
+    other = probe.Module().configure_optimizers()
+    other.load_state_dict(full["optimizer_states"][0])
+    left, right = optimizer.state_dict(), other.state_dict()
+    assert len(left["state"]) == {"True": 14, "False": 6}[policy]
+    torch.testing.assert_close(left["state"], right["state"], rtol=0, atol=0)
+    assert left["param_groups"] == right["param_groups"]
+    resumed = probe.fit(folder, SingleDeviceStrategy("cpu"), ckpt=file, keep=policy == "True")
+    assert_equal(resumed["loaded"], ranks[0][f"full/{'keep' if policy == 'True' else 'drop'}/5"]["loaded"])
+
+
+def test_consolidate_mistakes(folder: Path, ranks: list[dict[str, Any]]) -> None:
+    with pytest.raises(ConfigError, match="whole already"):
+        consolidate_checkpoint(folder / "full" / "True" / "5.ckpt")
+    with pytest.raises(ConfigError, match=r"no folder with meta\.pt"):
+        consolidate_checkpoint(folder / "nothing")
+    with pytest.raises(ConfigError, match=r"__1_0\.distcp missing"):
+        consolidate_checkpoint(folder / "broken.ckpt")
+    with pytest.raises(ConfigError, match="name the file"):
+        consolidate_checkpoint(folder / "sharded" / "True" / "5.ckpt", folder)
 
 
 def test_mixed_precision_of_blocks_that_thaw_later(ranks: list[dict[str, Any]]) -> None:
