@@ -28,9 +28,9 @@ from lightning_peft.methods.layers.cofitune import (
     unit_scores,
 )
 from lightning_peft.methods.moment import Moment
-from lightning_peft.methods.projections import find_projections, layers_in_range, product_of
+from lightning_peft.methods.projections import find_projections, layers_in_range, output_axis_mask, product_of
 from tests.contract.harness import MODELS, TinyModule, assert_same_weights, dataset, loader, trainer, weights
-from tests.core.test_blocks import structure_of
+from tests.core.test_blocks import model_of, structure_of
 
 MLP = ("up", "down")
 
@@ -316,6 +316,77 @@ def test_padding_does_not_count() -> None:
     torch.testing.assert_close(disagreement(first, second), disagreement(first, second, torch.ones(3, 5)))
 
 
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, columns: dict[str, Tensor]) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: values[index] for name, values in self.columns.items()}
+
+
+class AnyModel(pl.LightningModule):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.model(**batch).logits.square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+@pytest.mark.parametrize("name", FEED_FORWARD)
+def test_importance_on_every_architecture(name: str, tmp_path: Path) -> None:
+    """Of every projection, heads included; what stays frozen (here the output projections) is needed to measure."""
+    model: Any = model_of(name)
+    ids = torch.randint(0, 17, (4, 6), generator=torch.Generator().manual_seed(0))
+    columns = {"input_ids": ids}
+    if name == "vit":
+        columns = {"pixel_values": torch.randn(4, 3, 8, 8)}
+    elif name == "whisper":
+        config = model.config
+        features = torch.randn(4, config.num_mel_bins, 2 * config.max_source_positions)
+        columns = {"input_features": features, "decoder_input_ids": ids}
+    elif name == "t5":
+        columns = {"input_ids": ids, "decoder_input_ids": ids}
+    modules = ["ffn"] if name == "mamba" else ["ffn", "qkv" if name == "gpt2" else "value"]
+    method = CoFiTune((0.0, 1.0), modules, num_batches=2, dropout=0.1)
+    module = AnyModel(model)
+    loader = torch.utils.data.DataLoader(Rows(columns), batch_size=2)
+    trainer(tmp_path, [method], max_epochs=1, limit_val_batches=0).fit(module, loader)
+    structure = find_structure(module)
+    assert set(method.importance) == {p.unit for p in find_projections(structure) if p.kind in {*modules, *MLP, "gate"}}
+    for p in find_projections(structure):
+        if p.unit in method.importance:
+            values = method.importance[p.unit]
+            assert values.shape[-1] == structure.parameters[p.weight].shape[p.out_axis]
+            assert float(values.max()) > 0
+            assert float(values.max()) <= 1
+            mask = output_axis_mask(values, structure.parameters[p.weight], p.out_axis)
+            assert mask.expand_as(structure.parameters[p.weight]).shape == structure.parameters[p.weight].shape
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+@pytest.mark.parametrize("case", ["checkpointing", "bf16-mixed"])
+def test_other_ways_to_train(case: str, tmp_path: Path) -> None:
+    module = TinyModule("gqa_decoder")
+    if case == "checkpointing":
+        module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    method = CoFiTune(modules=["ffn", "attention"], num_batches=2)
+    fit(method, tmp_path, module=module, precision="32-true" if case == "checkpointing" else case)
+    assert all(float(values.max()) > 0 for values in method.importance.values())
+    if case == "checkpointing":
+        plain = CoFiTune(modules=["ffn", "attention"], num_batches=2)
+        fit(plain, tmp_path)
+        for unit, values in plain.importance.items():
+            torch.testing.assert_close(values, method.importance[unit], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_measuring_leaves_no_trace(model: str, tmp_path: Path) -> None:
     """The same run, bit for bit, as one that was told the importance (models have dropout and BatchNorm)."""
@@ -489,6 +560,45 @@ def test_masked_gradients_are_what_is_clipped(tmp_path: Path) -> None:
     assert len(norms["masked"]) == 6
     assert norms["masked"] == pytest.approx([0.5 * norm for norm in norms["free"]], rel=1e-5)
     assert norms["at clipping"] == norms["masked"] + norms["free"]
+
+
+class Manual(TinyModule):
+    """Manual optimisation with an optimizer for each of two projections."""
+
+    automatic_optimization = False  # pyright: ignore[reportAssignmentType]
+
+    def __init__(self) -> None:
+        super().__init__("gqa_decoder")
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        named = dict(self.named_parameters())
+        return [
+            torch.optim.SGD([p for n, p in named.items() if ("up_proj" in n) == first], lr=0.1)
+            for first in (True, False)
+        ]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        optimizers: Any = self.optimizers()
+        self.manual_backward(self.loss(batch))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("soft_mask", ["gradient", "update"])
+def test_manual_optimisation_with_two_optimizers(soft_mask: Any, tmp_path: Path) -> None:
+    importance, spared = one_hot("gqa_decoder", ["up", "down"])
+    module = Manual()
+    before = weights(module)
+    method = told(importance, soft_mask=soft_mask)
+    fit(method, tmp_path, module=module, accumulate_grad_batches=1, gradient_clip_val=None)
+    after = weights(module)
+    for name, (axis, unit) in spared.items():
+        assert torch.equal(after[name].select(axis, unit), before[name].select(axis, unit))
+        assert not torch.equal(after[name], before[name])
+    with pytest.raises(ConfigError, match="manual optimisation"):
+        fit(CoFiTune(), tmp_path, module=Manual(), accumulate_grad_batches=1, gradient_clip_val=None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

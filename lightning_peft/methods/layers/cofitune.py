@@ -176,8 +176,8 @@ class _Heads:
 class CoFiTune(MethodCallback):
     """Train some modules in a range of layers, and there change the units less that the model depends on.
 
-    By default these are the up- and down-projections of the feed-forward in the second quarter of the blocks: about an
-    eighth of a Llama's parameters have gradients and optimizer state, and back-propagation ends below the range. The
+    By default these are the up- and down-projections of the feed-forward in the second quarter of the blocks: a tenth
+    of Llama-2-7B's parameters have gradients and optimizer state, and back-propagation ends below the range. The
     importance of units is measured once, before the first step, with ``2 * num_batches`` forward and ``num_batches``
     backward passes. With ``soft_mask="update"`` each step copies the weights that train.
 
