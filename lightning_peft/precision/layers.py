@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,6 +28,7 @@ __all__ = [
     "check_mode",
     "dequantize",
     "dequantize_layers",
+    "hidden_weights",
     "merge_adapter",
     "quantize",
     "quantized_bytes",
@@ -299,6 +301,23 @@ def base_fingerprint(root: nn.Module) -> dict[str, int]:
 def quantized_bytes(root: nn.Module) -> int:
     """Return the bytes of all quantised weights below ``root``, scales included."""
     return sum(tensor.nbytes for _, layer in quantized_layers(root) for tensor in _codes(layer))
+
+
+@contextmanager
+def hidden_weights(root: nn.Module | None) -> Iterator[None]:
+    """Leave quantised weights out of every state dict of ``root`` (None: nothing) for the time of the context."""
+    handles = [] if root is None else [h.register_state_dict_post_hook(_drop_weight) for _, h in quantized_layers(root)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _drop_weight(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    own = {f"{prefix}{leaf}" for leaf in ("weight", "SCB", "weight_format")}
+    for key in [key for key in state_dict if key in own or key.startswith(f"{prefix}weight.")]:
+        del state_dict[key]
 
 
 @torch.no_grad()

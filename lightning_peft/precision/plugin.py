@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -16,7 +16,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from lightning_peft.core.names import clean_name
 from lightning_peft.core.quantized import is_quantized
 from lightning_peft.errors import BaseMismatch, ConfigError, EffectError, ResumeMismatch, UnsupportedStrategy, suggest
 from lightning_peft.methods.build import when_built
@@ -26,6 +25,7 @@ from lightning_peft.precision.layers import (
     _peft_layers,
     base_fingerprint,
     check_mode,
+    hidden_weights,
     quantize,
     quantized_bytes,
     quantized_layers,
@@ -144,22 +144,9 @@ class QuantizedPrecision(Precision):
         """Learn the device, and leave quantised weights out of the Trainer's checkpoints."""
         strategy = trainer.strategy
         self._device = strategy.root_device
-        if getattr(strategy, _ATTACHED, False):
-            return
-        setattr(strategy, _ATTACHED, True)
-        whole_state_dict, load = strategy.lightning_module_state_dict, strategy.load_model_state_dict
-
-        def lightning_module_state_dict() -> dict[str, Any]:
-            return _without_base(whole_state_dict(), strategy.lightning_module)
-
-        def load_model_state_dict(checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-            plugin, module = strategy.precision_plugin, strategy.lightning_module
-            if isinstance(plugin, QuantizedPrecision) and module is not None:
-                plugin.check_checkpoint(module, checkpoint)
-            load(checkpoint, strict=strict)
-
-        strategy.lightning_module_state_dict = lightning_module_state_dict
-        strategy.load_model_state_dict = load_model_state_dict
+        _wrap(strategy, "lightning_module_state_dict", _hides_base)
+        _wrap(strategy, "load_checkpoint", _hides_base)
+        _wrap(strategy, "load_model_state_dict", _compares_base)
 
     def prepare(self, module: LightningModule) -> None:
         """Quantise a whole module if that has not been done; called when it is built and before it is wrapped."""
@@ -280,20 +267,31 @@ class QuantizedPrecision(Precision):
             )
 
 
-def _without_base(state: dict[str, Any], module: nn.Module | None) -> dict[str, Any]:
-    """A model's state dict without quantised weights."""
-    if module is None:
-        return state
-    layers = [path for path, _ in quantized_layers(module)]
-    exact = {f"{path}.{leaf}" for path in layers for leaf in ("weight", "SCB", "weight_format")}
-    return {key: value for key, value in state.items() if not _is_base(clean_name(key), exact)}
+def _wrap(strategy: Any, name: str, make: Callable[[Any, Any], Any]) -> None:
+    """Put what ``make`` makes in the place of a method of ``strategy``, unless that is done already."""
+    present = getattr(strategy, name)
+    if not any(getattr(function, _ATTACHED, False) for function in (present, getattr(present, "inner", None))):
+        wrapper = make(strategy, present)
+        setattr(wrapper, _ATTACHED, True)
+        setattr(strategy, name, wrapper)
 
 
-def _is_base(key: str, exact: set[str]) -> bool:
-    if key in exact:
-        return True
-    head, found, _ = key.rpartition(".weight.")
-    return bool(found) and f"{head}.weight" in exact
+def _hides_base(strategy: Any, method: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with hidden_weights(strategy.lightning_module):
+            return method(*args, **kwargs)
+
+    return wrapper
+
+
+def _compares_base(strategy: Any, method: Any) -> Any:
+    def wrapper(checkpoint: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        plugin, module = strategy.precision_plugin, strategy.lightning_module
+        if isinstance(plugin, QuantizedPrecision) and module is not None:
+            plugin.check_checkpoint(module, checkpoint)
+        return method(checkpoint, *args, **kwargs)
+
+    return wrapper
 
 
 def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:

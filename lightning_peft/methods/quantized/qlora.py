@@ -160,9 +160,13 @@ class QLoRA(MethodCallback):
             lora_dropout=self.dropout,
             target_modules="|".join(re.escape(path) for path in paths),
         )
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            inject_adapter_in_model(config, root)
+        mesh = root.__dict__.pop("_device_mesh", None)  # peft takes Lightning's for one of transformers
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed)
+                inject_adapter_in_model(config, root)
+        finally:
+            root.__dict__["_device_mesh"] = mesh
         after = named_parameters(root)
         set_flags(after, {_inside(name, paths, after): flag for name, flag in flags.items()})
         object.__setattr__(root, _MARK, {"settings": settings, "paths": paths})

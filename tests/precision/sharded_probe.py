@@ -1,0 +1,124 @@
+"""Two processes: quantised bases with adapters under DDP, stock FSDP2 and FSDP2Strategy. Launched by torchrun."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_peft import FSDP2Strategy, QLoRA, QuantizedPrecision
+from lightning_peft.errors import ConfigError, UnsupportedStrategy
+from lightning_peft.precision import quantized_layers
+from tests.precision.tiny import LoRAModule, rows, trainer
+
+STEPS = 5
+
+
+class Recorded(LoRAModule):
+    """Keeps the adapters' gradients of every step, whole."""
+
+    def __init__(self, *args: Any, shard: bool = False, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.shard = shard
+        self.grads: list[dict[str, torch.Tensor]] = []
+
+    def configure_model(self) -> None:
+        if any(hasattr(p, "_local_tensor") for p in self.parameters()):
+            return
+        super().configure_model()
+        if self.shard:
+            mesh = self.device_mesh["data_parallel"]
+            for layer in self.model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.grads.append({n: whole(p.grad) for n, p in self.named_parameters() if p.grad is not None})
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def data(batch_size: int) -> DataLoader:
+    return DataLoader(TensorDataset(rows(4 * STEPS)), batch_size=batch_size)
+
+
+def result(module: Recorded) -> dict[str, Any]:
+    return {
+        "grads": module.grads,
+        "adapters": {n: whole(p) for n, p in module.named_parameters() if p.requires_grad},
+        "layers": [path for path, _ in quantized_layers(module)],
+        "codes": sum(
+            getattr(layer.weight, "_local_tensor", layer.weight).numel() for _, layer in quantized_layers(module)
+        ),
+    }
+
+
+def run(
+    module: Recorded, mode: Any, strategy: Any, batch_size: int, steps: int = STEPS, ckpt: Any = None, **kwargs: Any
+) -> pl.Trainer:
+    many = {"devices": 2} if batch_size == 2 else {}
+    settings: dict[str, Any] = {"strategy": strategy, "limit_val_batches": 2, **many, **kwargs}
+    fit = trainer(QuantizedPrecision(mode), steps, **settings)
+    fit.fit(module, data(batch_size), data(batch_size), ckpt_path=ckpt)
+    return fit
+
+
+def stock(sharded_files: bool = True) -> ModelParallelStrategy:
+    return ModelParallelStrategy(2, 1, save_distributed_checkpoint=sharded_files)
+
+
+def qlora() -> list[Any]:
+    return [QLoRA(rank=4, alpha=8, dropout=0.0)]
+
+
+def main(out: Path) -> None:
+    results: dict[str, Any] = {}
+    for name, mode, where, make, shard in (
+        ("ddp", "nf4", "init", lambda: "ddp", False),
+        ("ddp int8", "int8", "configure", lambda: "ddp", False),
+        ("stock", "nf4", "quantize_first", stock, True),
+        ("fsdp2 init", "nf4", "init", FSDP2Strategy, False),
+        ("fsdp2 configure", "nf4-dq", "configure", FSDP2Strategy, False),
+    ):
+        module = Recorded(where, shard=shard)
+        run(module, mode, make(), 2)
+        results[name] = result(module)
+    for files in (True, False):
+        half = Recorded("bare")
+        first = run(half, "nf4", FSDP2Strategy(save_distributed_checkpoint=files), 2, steps=2, callbacks=qlora())
+        path = out / f"half-{files}.ckpt"
+        first.save_checkpoint(path)
+        resumed = Recorded("bare")
+        strategy = FSDP2Strategy(save_distributed_checkpoint=files)
+        run(resumed, "nf4", strategy, 2, steps=4, ckpt=path, callbacks=qlora())
+        results[f"resumed {files}"] = {"half": result(half), **result(resumed)}
+    for name, mode, strategy, where in (
+        ("late", "nf4", stock(), "configure"),
+        ("int8", "int8", FSDP2Strategy(), "init"),
+    ):
+        try:
+            run(Recorded(where, shard=name == "late"), mode, strategy, 2)
+        except (ConfigError, UnsupportedStrategy) as error:
+            results[name] = f"{type(error).__name__}: {error}"
+    gathered: list[Any] = [None, None]
+    dist.all_gather_object(gathered, results)
+    if dist.get_rank() == 0:
+        torch.save(gathered, out / "results.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,94 @@
+"""Quantised bases with adapters on two processes equal one process on the joined batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.launch import launch
+from tests.precision import sharded_probe as probe
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    out = tmp_path_factory.mktemp("sharded")
+    launch(Path(probe.__file__), str(out))
+    return [*torch.load(out / "results.pt", weights_only=False), {"files": out}]
+
+
+def single(mode: str, where: str = "init", steps: int = probe.STEPS, **settings: Any) -> dict[str, Any]:
+    module = probe.Recorded(where)
+    probe.run(module, mode, "auto", 4, steps=steps, **settings)
+    return probe.result(module)
+
+
+def assert_equal(got: dict[str, Any], expected: dict[str, Any], first: int = 0) -> None:
+    assert got["layers"] == expected["layers"]
+    assert len(got["layers"]) == 14
+    assert len(got["grads"]) == len(expected["grads"]) - first > 0
+    for mine, other in zip(got["grads"], expected["grads"][first:], strict=True):
+        assert mine.keys() == other.keys()
+        assert len(mine) == 28
+        for name, grad in other.items():
+            torch.testing.assert_close(mine[name], grad, rtol=0, atol=1e-6)
+    for name, value in expected["adapters"].items():
+        torch.testing.assert_close(got["adapters"][name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("ddp", "nf4"),
+        ("ddp int8", "int8"),
+        ("stock", "nf4"),
+        ("fsdp2 init", "nf4"),
+        ("fsdp2 configure", "nf4-dq"),
+    ],
+)
+def test_gradients_of_every_step_equal_one_process(name: str, mode: str, ranks: list[dict[str, Any]]) -> None:
+    expected = single(mode)
+    for rank in ranks[:2]:
+        assert_equal(rank[name], expected)
+    held = [rank[name]["codes"] for rank in ranks[:2]]
+    if name.startswith("ddp"):
+        assert held == [expected["codes"]] * 2
+    else:
+        assert sum(held) == expected["codes"]  # the base itself is sharded
+        assert held[0] == held[1]
+
+
+@pytest.mark.parametrize("sharded_files", [True, False])
+def test_qlora_under_fsdp2_resumes(sharded_files: bool, ranks: list[dict[str, Any]]) -> None:
+    expected = single("nf4", "bare", steps=4, callbacks=probe.qlora())
+    for rank in ranks[:2]:
+        assert_equal(rank[f"resumed {sharded_files}"]["half"], {**single("nf4", "bare", 2, callbacks=probe.qlora())})
+    path = ranks[2]["files"] / f"half-{sharded_files}.ckpt"
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
+    if not sharded_files:
+        saved = torch.load(path, weights_only=False)
+        assert not [key for key in saved["state_dict"] if "base_layer.weight" in key]
+        assert len([key for key in saved["state_dict"] if "lora_" in key]) == 28
+    else:
+        assert size > 0
+        from torch.distributed.checkpoint import FileSystemReader
+
+        keys = FileSystemReader(path).read_metadata().state_dict_metadata
+        assert not [key for key in keys if "base_layer.weight" in key]
+        assert len([key for key in keys if key.startswith("state_dict") and "lora_" in key]) == 28
+    # a plain loader starts its epoch again: the resumed run sees the first batches in its steps 3 and 4
+    for rank in ranks[:2]:
+        resumed = rank[f"resumed {sharded_files}"]
+        assert len(resumed["grads"]) == 2
+        assert resumed["layers"] == expected["layers"]
+
+
+def test_mistakes_are_said_on_every_rank(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks[:2]:
+        assert "are sharded already" in rank["late"]
+        assert "before fully_shard" in rank["late"]
+        assert rank["int8"].startswith("UnsupportedStrategy: FSDP2Strategy cannot shard 8-bit weights")
