@@ -371,6 +371,48 @@ def test_the_last_phase_stops_the_training_at_its_own_plateau_only(tmp_path: Pat
     assert run.current_epoch == 3
 
 
+BASE_PLATEAU: dict[int, Any] = {0: {"params": ["head"]}, 1: {"params": ["blocks"]}}
+
+
+class ByStep(Logged):
+    """Logs a training metric as ``self.log`` does by default, and one by step and epoch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = TinyModule.training_step(self, batch, batch_idx)
+        value = self.losses[min(self.global_step, len(self.losses) - 1)]
+        self.log("loss", value if not self.trainer.fit_loop._should_accumulate() else 100.0)
+        self.log("both", value, on_step=True, on_epoch=True)
+        return loss
+
+
+@pytest.mark.parametrize("monitor", ["loss", "both_step"])
+def test_a_metric_logged_by_step_is_looked_at_after_every_optimizer_step(monitor: str, tmp_path: Path) -> None:
+    """At steps 0 and 1 it improves, at 2 and 3 it does not; then at 4 and 5; saved and resumed in between."""
+    phases = {0: {"params": ["head"]}, 1: {"params": ["norms"]}, 2: {"params": ["blocks"]}}
+
+    def once(*callbacks: pl.Callback, ckpt: Path | None = None) -> Any:
+        method, module = FinetuningSchedule(phases, monitor, patience=2), ByStep("gqa_decoder")
+        module.losses = (3.0, 2.0, 2.5, 2.0, 2.1, 2.2, 1.0)
+        run = trainer(tmp_path, [method, *callbacks], limit_val_batches=0, max_epochs=2)
+        run.fit(module, loader("gqa_decoder"), loader("gqa_decoder", shuffle=False), ckpt_path=ckpt)
+        return steps_of(method), weights(module)
+
+    saver = SaveEveryBatch(tmp_path)
+    steps, after = once(saver)
+    assert steps == [0, 4, 6]
+    for path in saver.paths[:12:2]:
+        again, resumed = once(ckpt=path)
+        assert again == steps
+        assert_same_weights(resumed, after)
+
+
+def test_a_metric_logged_by_step_and_epoch_is_looked_at_by_epoch(tmp_path: Path) -> None:
+    method, module = FinetuningSchedule(BASE_PLATEAU, "both", patience=1), ByStep("gqa_decoder")
+    run = trainer(tmp_path, [method], limit_val_batches=0, max_epochs=4)
+    run.fit(module, loader("gqa_decoder"), loader("gqa_decoder", shuffle=False))
+    assert steps_of(method) == [0, 12]
+
+
 def test_no_validation_loop_is_needed(tmp_path: Path) -> None:
     method, *_ = fit(tmp_path, BASE, val=False)
     assert steps_of(method) == [0, 2]
@@ -736,3 +778,29 @@ def test_generate_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["schedule", "--help"]) == 0
     with pytest.raises(LightningPeftError, match="Did you mean 'pairs'"):
         draft_schedule(Many(), "pair")  # pyright: ignore
+
+
+def test_a_generated_schedule_is_edited_and_fitted_on_the_command_line(tmp_path: Path) -> None:
+    path, model = tmp_path / "schedule.yaml", ["--model=tests.contract.harness.TinyModule", "--model.model=gqa_decoder"]
+    assert main(["schedule", "--generate", *model, f"--output={path}"]) == 0
+    phases = yaml.safe_load(path.read_text())
+    assert len(phases) == 6  # head, four blocks, embeddings
+    for number in range(5):
+        phases[number]["max_steps"] = 1
+    phases[3]["freeze"] = ["head"]
+    path.write_text(yaml.safe_dump(phases))
+    callbacks = [
+        {"class_path": "FinetuningSchedule", "init_args": {"schedule": str(path)}},
+        {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {"dirpath": str(tmp_path / "new"), "filename": "end"},
+        },
+    ]
+    config = tmp_path / "config.yaml"
+    trainer_values = {"accelerator": "cpu", "max_steps": 8, "logger": False, "enable_progress_bar": False}
+    config.write_text(yaml.safe_dump({"trainer": {**trainer_values, "callbacks": callbacks}}))
+    assert main(["fit", f"--config={config}", *model, "--data=tests.methods.tiny_data.TinyData"]) == 0
+    saved = torch.load(tmp_path / "new" / "end.ckpt", weights_only=True)
+    (state,) = (value for key, value in saved["callbacks"].items() if "FinetuningSchedule" in key)
+    assert state["draw_index"] == 5
+    assert [step for step, _ in state["ledger"]["rows"]] == [0, 1, 2, 3, 4, 5]

@@ -61,15 +61,18 @@ class FinetuningSchedule(MethodCallback):
     has a list ``no_decay`` of parts of names, these get no weight decay.
 
     A plateau is looked for whenever the metric is logged: at the end of validation, or of the training epoch; all ranks
-    use the mean of their values. For an exact resume the metric must come from validation, because Lightning forgets
-    the training metrics of an unfinished epoch. The last phase lasts until the Trainer stops, unless it has a
-    ``monitor`` of its own, whose plateau stops the training.
+    use the mean of their values. A metric that is logged by step only (as ``self.log`` does in ``training_step``; also
+    the ``_step`` half of one logged by both) is looked at after every optimizer step, which ``patience`` then counts.
+    Values of whole training epochs make a resume in mid-epoch inexact, because Lightning forgets those of an unfinished
+    one. The last phase lasts until the Trainer stops, unless it has a ``monitor`` of its own, whose plateau stops the
+    training.
 
     Args:
         schedule: YAML file, or the mapping of phases ``0, 1, ...``.
         monitor: Logged metric whose plateau ends every phase but the last, beside what the phase itself says. None:
             only a phase that says nothing about its end waits for a plateau, of ``val_loss``.
-        patience: Looks in a row without improvement that make a plateau, at least 1.
+        patience: Looks in a row without improvement that make a plateau, at least 1: validations, epochs or optimizer
+            steps, as the metric is logged.
         min_delta: Least change that is an improvement, at least 0. The best value is kept over phases.
         mode: ``"min"``, the metric should fall, or ``"max"``.
         base_max_lr: Learning rate of what thaws after the first phase, where its phase gives no ``lr``. None: what the
@@ -248,6 +251,8 @@ class FinetuningSchedule(MethodCallback):
         loop = trainer.fit_loop
         fetcher = loop._data_fetcher
         self._owes_validation = fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher)
+        if not loop._should_accumulate():
+            self._look(trainer, by_step=True)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -281,7 +286,7 @@ class FinetuningSchedule(MethodCallback):
         self._look(trainer)
         self._check_monitor(trainer)
 
-    def _look(self, trainer: Trainer) -> None:
+    def _look(self, trainer: Trainer, by_step: bool = False) -> None:
         """Look whether the metric of this phase's plateau improves, if it was logged just now."""
         if trainer.state.fn != TrainerFn.FITTING or self._draw_index < 0:
             return
@@ -289,7 +294,7 @@ class FinetuningSchedule(MethodCallback):
         if plateau is None or self._stalled:
             return
         logged = trainer._logger_connector.metrics["callback"]  # of the loop that ends, nothing older
-        if plateau.monitor not in logged:
+        if plateau.monitor not in logged or (by_step and not _is_logged_by_step_only(trainer, plateau.monitor)):
             return
         local = torch.as_tensor(logged[plateau.monitor], dtype=torch.float32, device=trainer.strategy.root_device)
         value = float(trainer.strategy.reduce(local, reduce_op="mean"))  # ranks must not decide differently
@@ -557,3 +562,10 @@ def _unit_name(listing: Iterable[int], pattern: tuple[int, ...], num_phases: int
     rests = [str(number) for number in range(listing[0], num_phases) if number not in pattern]
     name = f"phase {', '.join(map(str, listing))}"
     return f"{name} (rests in {', '.join(rests)})" if rests else name
+
+
+def _is_logged_by_step_only(trainer: Trainer, monitor: str) -> bool:
+    """Whether ``monitor``, logged in this batch, has no value at the end of the epoch to wait for."""
+    results: Any = trainer._results
+    metas = [metric.meta for _, metric in results.valid_items() if metric.meta.on_step]
+    return any(monitor == (f"{meta.name}_step" if meta.on_epoch else meta.name) for meta in metas)
