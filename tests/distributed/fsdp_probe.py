@@ -9,20 +9,22 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from peft import LoraConfig, inject_adapter_in_model
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from lightning_peft import LISA, BAdam
+from lightning_peft import IST, LISA, EmbeddingsAndHead, RandomTuning
 from lightning_peft.core.names import clean_name
 from lightning_peft.errors import LightningPeftError
 from lightning_peft.methods.base import MethodCallback
-from tests.contract.harness import PHASES, ROWS, TinyModule, trainer, weights
+from tests.contract.harness import ROWS, TinyModule, trainer
 from tests.distributed import ddp_probe
 from tests.distributed.ddp_probe import MODEL, Quiet, SaveEveryBatch, loader
 from tests.distributed.fsdp1_on_cpu import FSDPOnCPU
@@ -59,6 +61,29 @@ class ShardedByUserMixed(ShardedByUser):
 
 class WithDropout(ShardedByUser):
     on_train_start = TinyModule.on_train_start
+
+
+def with_adapters(kind: type[TinyModule]) -> type[TinyModule]:
+    """The same module with LoRA adapters on its attention, injected by peft before any strategy sees it."""
+
+    class WithAdapters(kind):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            torch.manual_seed(5)
+            config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+            inject_adapter_in_model(config, self.model)
+
+    return WithAdapters
+
+
+ADAPTER_ROWS: dict[str, Callable[[], list[MethodCallback]]] = {
+    "ist_over_lora": lambda: [IST(0.5, score_period_steps=2, scope="adapters")],
+    "lora_and_lisa": lambda: [
+        LISA(1, period_steps=2, scope="*.mlp.*", always=("*norm.weight",), state="keep"),
+        EmbeddingsAndHead(scope=["*.lm_head.weight"]),
+        RandomTuning(1.0, scope="adapters"),
+    ],
+}
 
 
 class Gradients(pl.Callback):
@@ -124,6 +149,7 @@ def fit(
     ckpt: Path | None = None,
     full: bool = False,
     dropout: bool = False,
+    adapters: bool = False,
     **kw: Any,
 ) -> dict[str, Any]:
     """As ``ddp_probe.fit``, on two processes under ``strategy``."""
@@ -136,7 +162,7 @@ def fit(
         module = TinyModule if dropout else Quiet
     gradients, whole = Gradients(), WholeWeights()
     torch.manual_seed(100 if ckpt is None else 7)
-    model = module(MODEL)
+    model = (with_adapters(module) if adapters else module)(MODEL)
     run = trainer(
         out,
         [*methods, *callbacks, gradients, whole],
@@ -159,9 +185,10 @@ def fit(
     }
 
 
-def single(out: Path, methods: list[MethodCallback], **kw: Any) -> dict[str, Any]:
+def single(out: Path, methods: list[MethodCallback], *callbacks: pl.Callback, **kw: Any) -> dict[str, Any]:
     """The same on one process with the joined batch."""
-    return ddp_probe.fit(out, methods, gradient_clip_val=None, **kw)
+    module = with_adapters(Quiet) if kw.pop("adapters", False) else Quiet
+    return ddp_probe.fit(out, methods, *callbacks, module=module, gradient_clip_val=None, **kw)
 
 
 def refused(out: Path, strategy: str, methods: list[MethodCallback], **kw: Any) -> str:
@@ -181,6 +208,8 @@ def main(out: Path, strategy: str) -> None:
             results[f"refused/{row}"] = refused(out, strategy, ROWS[row].make())
     for row in ("lisa", "hft", "schedule", "badam"):
         results[f"mixed/{row}"] = fit(out, strategy, ROWS[row].make(), precision="bf16-mixed")
+    for row, make in ADAPTER_ROWS.items():
+        results[f"adapters/{row}"] = fit(out, strategy, make(), adapters=True)
     for full in (False, True):
         for row in (row for row in RESUMED if is_supported(row, strategy)):
             form = "full" if full else "sharded"
@@ -198,8 +227,4 @@ def main(out: Path, strategy: str) -> None:
 
 
 if __name__ == "__main__":
-    assert BAdam is not None
-    assert LISA is not None
-    assert PHASES is not None
-    assert weights is not None
     main(Path(sys.argv[1]), sys.argv[2])

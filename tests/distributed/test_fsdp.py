@@ -10,7 +10,7 @@ import torch
 
 from tests.contract.harness import ROWS, assert_same_weights
 from tests.distributed import fsdp_probe
-from tests.distributed.fsdp_probe import POSITIONS, RESUMED, STRATEGIES, is_supported
+from tests.distributed.fsdp_probe import ADAPTER_ROWS, POSITIONS, RESUMED, STRATEGIES, is_supported
 from tests.distributed.launch import launch
 
 pytestmark = pytest.mark.distributed
@@ -51,6 +51,15 @@ def test_gradients_equal_one_process_on_the_joined_batch(row: str, run: tuple[st
     for rank in ranks:
         assert_same_gradients(rank[row], expected)
     assert_same_weights(ranks[0][row]["weights"], ranks[1][row]["weights"])
+
+
+@pytest.mark.parametrize("row", ADAPTER_ROWS)
+def test_adapters(row: str, run: tuple[str, Ranks], tmp_path: Path) -> None:
+    _, ranks = run
+    expected = fsdp_probe.single(tmp_path, ADAPTER_ROWS[row](), adapters=True)
+    assert any("lora" in name for _, names in expected["histories"][-1] for name in names)
+    for rank in ranks:
+        assert_same_gradients(rank[f"adapters/{row}"], expected)
 
 
 @pytest.mark.parametrize("row", ["lisa", "hft", "schedule", "badam"])
