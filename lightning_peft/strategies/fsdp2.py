@@ -50,6 +50,7 @@ from lightning_peft.strategies.sharding import (
     shard_model,
     unsharded_names,
 )
+from lightning_peft.strategies.tensor_parallel import apply_tensor_parallel, clip_grad_norm
 
 __all__ = ["FSDP2Strategy"]
 
@@ -240,6 +241,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         if fitting:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
+        if int(self._tensor_parallel_size) > 1:  # torch's own function takes gradients of one mesh only
+            plugin: Any = self.precision_plugin
+            plugin.clip_grad_by_norm = lambda optimizer, value: clip_grad_norm(plugin.main_params(optimizer), value)
         if fitting and not self.cpu_offload:
             _optimizers_to_device(self.optimizers, self.root_device)
 
@@ -264,8 +268,6 @@ class FSDP2Strategy(ModelParallelStrategy):
                     f"{len(different)} tensor(s) differed between ranks, such as {different[0]}; rank 0's are taken."
                 )
         if int(self._tensor_parallel_size) > 1:
-            from lightning_peft.strategies.tensor_parallel import apply_tensor_parallel
-
             apply_tensor_parallel(module, self.device_mesh["tensor_parallel"], self.tensor_parallel_plan)
         blocks = find_blocks(module, self.blocks)
         if self.activation_checkpointing:

@@ -27,6 +27,7 @@ from lightning_peft.strategies.partial_state import reshard
 GLOBAL_BATCH = 4
 NUM_STEPS = 4
 WIDTH = 5
+num_tensor = 1
 
 
 def llama() -> nn.Module:
@@ -217,7 +218,7 @@ class Save(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def loader(module: pl.LightningModule, num_tensor: int = 1) -> DataLoader[Any]:
+def loader(module: pl.LightningModule) -> DataLoader[Any]:
     """The joined batches are the same for any number of processes; ``num_tensor`` of them see the same data."""
     generator = torch.Generator().manual_seed(3)
     if isinstance(module, Vectors):
