@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_peft.core.blocks import Structure
 from lightning_peft.core.draw import draw_generator
+from lightning_peft.core.plan import fingerprint_names
 from lightning_peft.core.scope import resolve_scope
 from lightning_peft.errors import ConfigError, ResumeMismatch, suggest
 from lightning_peft.methods.arguments import is_number, is_whole
@@ -167,7 +168,8 @@ class SubsetSearch:
             All trials; ``result.best()`` has the settings, as ``CoFiTune(**result.best().settings)`` takes them.
 
         Raises:
-            ConfigError: If there is more than one metric: let ``evaluate`` return one that unites them.
+            ConfigError: If there is more than one metric (let ``evaluate`` return one that unites them), or nothing to
+                try.
         """
         if len(self.metrics) > 1:
             raise ConfigError(
@@ -196,6 +198,15 @@ class SubsetSearch:
             return SearchResult(trials, self.metrics).costs(trials[number])[0]
 
         descend(coarse_levels(structure) if levels is None else levels, cost, int(beam))
+        if not trials:
+            raise ConfigError(
+                "SubsetSearch.tree: the first level has no branch"
+                + (
+                    ". Give levels of your own: the model has no blocks with attention or feed-forward."
+                    if levels is None
+                    else "."
+                )
+            )
         return SearchResult(trials, self.metrics)
 
     # ------------------------------------------------------------------ MemControl's masks
@@ -233,9 +244,7 @@ class SubsetSearch:
         """
         optuna = _import_optuna()
         problems = [] if is_whole(num_trials, 1) else [f"num_trials={num_trials!r}: a whole number from 1 on"]
-        space = {
-            key: tuple(value) if isinstance(value, tuple) else value for key, value in (hyperparameters or {}).items()
-        }
+        space = dict(hyperparameters or {})
         problems += [f"hyperparameters[{k!r}]={v!r}: {_RANGE}" for k, v in space.items() if not _is_range(v)]
         if space and not self._runner.takes_hyperparameters:
             problems.append("hyperparameters need a function that makes the module with them; the search has a module")
@@ -253,7 +262,13 @@ class SubsetSearch:
         study = optuna.create_study(
             study_name=name, storage=storage, directions=directions, sampler=make_sampler(0), load_if_exists=True
         )
-        about = {"units": list(names), "metrics": self.metrics, "hyperparameters": space, "seed": self.seed}
+        about = {
+            "units": {label: fingerprint_names(members) for label, members in names.items()},
+            "metrics": list(self.metrics.items()),
+            "hyperparameters": space,
+            "always": list(always),
+            "seed": self.seed,
+        }
         _check_study(study, json.loads(json.dumps(about)))
         while (index := len(_ended(study))) < num_trials:
             study.sampler = make_sampler(_seed(self.seed, index))

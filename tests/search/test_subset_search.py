@@ -259,6 +259,12 @@ def test_tree_finds_the_planted_modules(tmp_path: Path) -> None:
     assert kept.scope == list(best.scope)
 
 
+class Plain(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = torch.nn.Linear(4, 1)
+
+
 def test_tree_does_not_fit_the_same_subset_twice() -> None:
     """Six plain layers have no attention: 'ffn' is the whole range, and its parts are 'down' alone."""
     calls: list[int] = []
@@ -267,6 +273,10 @@ def test_tree_does_not_fit_the_same_subset_twice() -> None:
     assert len({trial.scope for trial in found.trials}) == len(found.trials)
     with pytest.raises(ConfigError, match=r"by one metric, not 2.*val_loss and train_loss.*bilevel"):
         search({"val_loss": "min", "train_loss": "min"}).tree()
+    with pytest.raises(ConfigError, match="no blocks with attention or feed-forward"):
+        search(module=Plain()).tree()
+    with pytest.raises(ConfigError, match="first level has no branch"):
+        search().tree([lambda _: {}])
     with pytest.raises(ConfigError, match="beam=0"):
         search().tree(beam=0)
 
@@ -350,7 +360,9 @@ def test_masks_go_on_from_storage(tmp_path: Path) -> None:
     with pytest.raises(ResumeMismatch, match="over other seed"):
         masks(10, storage=storage, seed=3)
     with pytest.raises(ResumeMismatch, match="over other metrics"):
-        search(storage and {"val_loss": "min"}).bilevel(10, UNITS, storage=storage)
+        search(dict(reversed(TRADE.items()))).bilevel(10, UNITS, storage=storage)
+    with pytest.raises(ResumeMismatch, match="over other units and always"):
+        search(TRADE).bilevel(10, {**UNITS, "layer 0": "net.5"}, always=("head",), storage=storage)
     assert len(masks(2, storage=storage, name="another").trials) == 2
 
 

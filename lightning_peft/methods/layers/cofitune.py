@@ -185,12 +185,12 @@ class CoFiTune(MethodCallback):
 
     A unit is an attention head or an output unit of any other projection: each row of ``up`` and ``gate`` is an
     intermediate unit, each row of ``down`` an output unit. Its importance is ``|tanh(z)|`` of the derivative of ``KL``
-    between two passes with dropout by a factor on the unit's response, standardised within its matrix. Logits are found
+    between two passes with dropout by a factor on the unit's output, standardised within its matrix. Logits are found
     in your ``training_step``; if they are not, give your LightningModule a method ``batch_logits(batch)``.
 
-    *A mask on gradients that is constant in time does nothing under Adam*, which divides each weight's gradient by its
-    own size; it binds under SGD. So the default multiplies the optimizer's update, weight decay included, by one minus
-    the importance: under SGD without weight decay that is the same, under Adam it is what the paper means to do.
+    *A mask on gradients that is constant in time does next to nothing under Adam*, which divides each weight's gradient
+    by its own size; it binds under SGD. So the default multiplies the optimizer's update, weight decay included, by one
+    minus the importance: under SGD without weight decay that is the same, under Adam it is what the paper means to do.
 
     Args:
         layer_range: Which blocks of each stack, as fractions of the depth: ``(0.25, 0.5)`` is the second quarter.
@@ -223,10 +223,9 @@ class CoFiTune(MethodCallback):
 
     Differs from the paper:
         The paper multiplies gradients; see above. The authors' code lays the mask along the flattened weight, so that
-        it does not meet the units it was measured on, breaks with grouped-query attention, and takes layer 1 for layers
-        10 to 19 in another prefix; here each mask lies along the axis of its units. It measures on the whole training
-        set and counts padding. Rows of ``gate``, and output units of attention, which the paper leaves unmasked, are
-        treated like the others when they train.
+        it does not meet the units it was measured on, and breaks with grouped-query attention; here each mask lies
+        along the axis of its units. It measures on the whole training set and counts padding. Rows of ``gate``, and
+        output units of attention, which it leaves unmasked, are treated like the others when they train.
     """
 
     def __init__(
