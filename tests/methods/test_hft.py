@@ -426,11 +426,22 @@ def test_samples_take_the_counts(sizes: list[int], fraction: float, seed: int) -
     assert all(abs(taken[str(group)] - fraction * size) < 1 for group, size in enumerate(sizes))
 
 
-@pytest.mark.parametrize(("size", "num_groups", "fraction"), [(3, 6, 0.5), (3, 10, 0.4), (4, 8, 0.375), (5, 5, 0.2)])
-def test_no_group_and_no_member_is_preferred(size: int, num_groups: int, fraction: float) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "fraction"),
+    [
+        ([3] * 6, 0.5),
+        ([3] * 10, 0.4),
+        ([4] * 8, 0.375),
+        ([5] * 5, 0.2),
+        ([3, 2, 5], 0.3),  # what is rounded down differs from group to group
+        ([1, 9, 1, 4, 3], 0.5),
+        ([1, 1, 6], 0.125),
+    ],
+)
+def test_no_group_and_no_member_is_preferred(sizes: list[int], fraction: float) -> None:
     """Each member trains with the probability ``fraction`` (exactly, where the fraction of all members is whole)."""
-    assert fraction * size * num_groups == pytest.approx(round(fraction * size * num_groups))
-    groups = [[f"{group}.{member}" for member in range(size)] for group in range(num_groups)]
+    assert fraction * sum(sizes) == pytest.approx(round(fraction * sum(sizes)))
+    groups = [[f"{group}.{member}" for member in range(size)] for group, size in enumerate(sizes)]
     draws = 3000
     drawn = Counter(name for seed in range(draws) for name in sample_half(groups, fraction, draw_generator(seed, 0)))
     tolerance = 4.5 * math.sqrt(draws * fraction * (1 - fraction))

@@ -16,6 +16,7 @@ from torch import nn
 from lightning_peft.core.blocks import Structure, is_norm
 from lightning_peft.core.draw import Draw
 from lightning_peft.core.trainable import StatePolicy
+from lightning_peft.core.weighted import inclusion_probabilities, sample_weighted
 from lightning_peft.errors import ConfigError, suggest
 from lightning_peft.methods.base import MethodCallback, Redraw, units_by_block
 
@@ -30,7 +31,8 @@ def spread_counts(sizes: Sequence[int], fraction: float, generator: torch.Genera
 
     Each group gets ``floor(fraction * size)`` and randomly drawn groups get one more until the total is
     ``floor(fraction * sum(sizes) + 1/2)``: of three feed-forward matrices two train in one half of the layers, one in
-    the other half.
+    the other half. A group's chance of one more is in proportion to what rounding down took from it, so that groups of
+    different sizes have the same fraction on average.
 
     Args:
         sizes: Members of each group.
@@ -40,10 +42,11 @@ def spread_counts(sizes: Sequence[int], fraction: float, generator: torch.Genera
     shares = [fraction * size for size in sizes]
     counts = [math.floor(share + 1e-9) for share in shares]
     wanted = math.floor(fraction * sum(sizes) + 0.5 + 1e-9)
-    open_groups = [group for group, share in enumerate(shares) if share - counts[group] > 1e-9]
-    order = torch.randperm(len(open_groups), generator=generator).tolist()
-    for position in order[: wanted - sum(counts)]:
-        counts[open_groups[position]] += 1
+    left = {group: share - counts[group] for group, share in enumerate(shares) if share - counts[group] > 1e-9}
+    if wanted > sum(counts):
+        chances = inclusion_probabilities(list(left.values()), wanted - sum(counts))
+        for position in sample_weighted(chances, generator):
+            counts[list(left)[position]] += 1
     return counts
 
 
