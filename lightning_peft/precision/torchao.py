@@ -43,7 +43,7 @@ class TorchaoLinear(nn.Linear):
         if stored is None:
             return
         if type(stored) is type(self.weight.data):
-            self.weight = nn.Parameter(stored.detach().clone().to(self.weight.device), requires_grad=False)
+            self.weight = nn.Parameter(stored.detach().to(self.weight.device), requires_grad=False)
         else:
             self.set_weight(stored.to(self.weight.device))
 
