@@ -8,7 +8,9 @@ the decoder layers of a T5, the residual blocks of a CNN. No architecture is lis
    counts whole if it has at most half as many classes as children (hybrid attention/Mamba stacks); of a
    ``Sequential`` only the repeated classes are blocks, so that a stem or a head in the same ``Sequential`` stays out.
 2. A pyramid (blocks of different shapes that each hold most of their weights in an inner stack: the stages of a Swin
-   or a ConvNeXt) is replaced by its inner stacks. Lists of experts are never a stack.
+   or a ConvNeXt) is replaced by its inner stacks. What else a stage has, such as a layer that halves the resolution,
+   belongs to its first block if it is registered before, to its last block if after. Lists of experts are never a
+   stack.
 3. Stacks with less than one per cent of the largest stack's parameters are not stacks but small heads.
 4. A model without any such stack may have a ``ModuleList`` of a single composite block (a one-layer model, or ALBERT's
    shared layer group): that is the stack then.
@@ -45,7 +47,8 @@ class Block:
     Args:
         name: Clean module path from the root, such as ``"model.layers.3"``.
         stack: Path of the container the block lies in.
-        parameters: Clean canonical names of the block's parameters, in registration order.
+        parameters: Clean canonical names of the block's parameters, in registration order. Beside what lies below
+            ``name``: norms that follow a layer of a plain model, and what lies beside the blocks of a pyramid's stage.
     """
 
     name: str
@@ -114,14 +117,10 @@ def find_structure(root: nn.Module) -> Structure:
     parameters = named_parameters(root)
     aliases = parameter_aliases(root)
     stacks = _find_stacks(unwrap(root), "") or _find_stacks(unwrap(root), "", lone=True)
-    largest = max((_num_parameters(child for _, child in children) for _, children in stacks), default=0)
-    stacks = [
-        (path, children)
-        for path, children in stacks
-        if _num_parameters(child for _, child in children) >= _SMALL_STACK_FRACTION * largest
-    ]
+    largest = max((stack.num_parameters for stack in stacks), default=0)
+    stacks = [stack for stack in stacks if stack.num_parameters >= _SMALL_STACK_FRACTION * largest]
     if stacks:
-        members = [(path, name, (name,)) for path, children in stacks for name, _ in children]
+        members = [(stack.path, name, stack.paths_of(name)) for stack in stacks for name, _ in stack.blocks]
     else:
         members = _plain_layers(modules)
     by_module = _parameters_by_module(aliases)
@@ -138,7 +137,23 @@ def find_structure(root: nn.Module) -> Structure:
     return Structure(tuple(blocks), roles, parameters, aliases, modules)
 
 
-_Stack = tuple[str, list[tuple[str, nn.Module]]]
+@dataclass
+class _Stack:
+    """A container's path, its blocks, and paths beside them in a pyramid's stage that go with the first and last."""
+
+    path: str
+    blocks: list[tuple[str, nn.Module]]
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+    @property
+    def num_parameters(self) -> int:
+        return _num_parameters(block for _, block in self.blocks)
+
+    def paths_of(self, name: str) -> tuple[str, ...]:
+        """Module paths whose parameters are those of the block called ``name``."""
+        before = self.before if name == self.blocks[0][0] else ()
+        return (*before, name, *(self.after if name == self.blocks[-1][0] else ()))
 
 
 def _join(path: str, name: str) -> str:
@@ -181,7 +196,7 @@ def _find_stacks(module: nn.Module, path: str, lone: bool = False, in_stage: boo
     """Find the stacks at or below ``module``: of a single block too if ``lone``, no pyramid again if ``in_stage``."""
     blocks = _block_children(module, path, lone)
     if blocks:
-        return (None if in_stage else _inner_stacks(blocks)) or [(path, blocks)]
+        return (None if in_stage else _inner_stacks(blocks)) or [_Stack(path, blocks)]
     return [stack for name, child in _children(module, path) for stack in _find_stacks(child, name, lone, in_stage)]
 
 
@@ -191,11 +206,20 @@ def _inner_stacks(blocks: list[tuple[str, nn.Module]]) -> list[_Stack]:
     if len(shapes) == 1:
         return []
     found: list[_Stack] = []
-    for name, child in blocks:
-        inside = [s for part, sub in _children(child, name) for s in _find_stacks(sub, part, in_stage=True)]
-        weights = _num_parameters(block for _, children in inside for _, block in children)
-        if weights <= 0.5 * _num_parameters([child]):
+    for name, stage in blocks:
+        inside: list[_Stack] = []
+        waiting: list[str] = []
+        for part, sub in _children(stage, name):
+            stacks = _find_stacks(sub, part, in_stage=True)
+            if stacks:
+                stacks[0].before = tuple(waiting)
+                waiting = []
+                inside += stacks
+            else:
+                waiting.append(part)
+        if sum(stack.num_parameters for stack in inside) <= 0.5 * _num_parameters([stage]):
             return []
+        inside[-1].after = tuple(waiting)
         found += inside
     return found
 

@@ -165,6 +165,7 @@ class Case:
         head: The same.
         norms: The same, those outside the blocks.
         names: All block names, where they are not consecutive numbers.
+        beside: Block name -> path of a module that belongs to it without lying in it.
     """
 
     make: Callable[[], nn.Module]
@@ -173,6 +174,7 @@ class Case:
     head: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
     names: tuple[str, ...] = field(default=())
+    beside: dict[str, str] = field(default_factory=dict)
 
 
 CASES: dict[str, Case] = {
@@ -377,17 +379,19 @@ CASES: dict[str, Case] = {
         ),
         {"swin.encoder.layers.0.blocks": 2, "swin.encoder.layers.1.blocks": 2},
         ("swin.embeddings",),
-        ("swin.encoder.layers.0.downsample.reduction", "classifier"),  # after its stage's blocks
-        ("swin.embeddings.norm", "swin.encoder.layers.0.downsample.norm", "swin.layernorm"),
+        ("classifier",),
+        ("swin.embeddings.norm", "swin.layernorm"),
+        beside={"swin.encoder.layers.0.blocks.1": "swin.encoder.layers.0.downsample"},  # after its stage's blocks
     ),
     "convnext": Case(
         lambda: hf(
             "ConvNextForImageClassification", "ConvNextConfig", hidden_sizes=[4, 8], depths=[2, 3], num_stages=2
         ),
         {"convnext.encoder.stages.0.layers": 2, "convnext.encoder.stages.1.layers": 3},
-        ("convnext.embeddings", "convnext.encoder.stages.1.downsampling_layer"),  # before its stage's blocks
+        ("convnext.embeddings",),
         ("classifier",),
-        ("convnext.embeddings.layernorm", "convnext.encoder.stages.1.downsampling_layer.0", "convnext.layernorm"),
+        ("convnext.embeddings.layernorm", "convnext.layernorm"),
+        beside={"convnext.encoder.stages.1.layers.0": "convnext.encoder.stages.1.downsampling_layer"},  # before them
     ),
     "resnet": Case(
         lambda: hf(
@@ -503,13 +507,16 @@ def test_structure_is_found(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_blocks_hold_what_lies_below_them(case: str) -> None:
-    """Each block's parameters are those torch finds below its path, plus the norms of a plain model's layer."""
+    """Those that torch finds below its path, plus a plain layer's norms or what lies beside the blocks of a stage."""
     model, structure = model_of(case), structure_of(case)
     seen: list[str] = []
     for block in structure.blocks:
         below = expand(model, (block.name,))
+        beside = CASES[case].beside.get(block.name)
+        below |= expand(model, (beside,)) if beside else set()
         extra = set(block.parameters) - below
         assert below <= set(block.parameters)
+        assert list(block.parameters) == [name for name in structure.parameters if name in set(block.parameters)]
         assert not extra or (block.stack == "" and extra <= set(structure.roles["norms"]))
         seen += block.parameters
     assert len(seen) == len(set(seen))
