@@ -124,8 +124,8 @@ def product_of(
     Args:
         structure: The model.
         layer_range: Which blocks of each stack.
-        modules: Kinds (``up``, ``query``, ...), groups (``ffn``, ``attention``), paths inside a block or their ends
-            (``mlp.up_proj``, ``up_proj``), or ``all``.
+        modules: Kinds (``up``, ``query``, ...), groups (``ffn``, ``attention``), names or paths of modules inside a
+            block (``up_proj``, ``mlp.up_proj``), or ``all``.
         names: Parameters to take from; default all.
 
     Returns:
@@ -135,9 +135,7 @@ def product_of(
         ScopeError: If an entry of ``modules`` is found in no block of the range.
     """
     allowed = set(structure.parameters if names is None else names)
-    kinds: dict[str, Kind] = {
-        name: projection.kind for projection in find_projections(structure) for name in projection.members
-    }
+    kinds = _kinds_of_names(structure)
     units: dict[str, list[str]] = {}
     hit: set[str] = set()
     present: set[str | None] = set()
@@ -170,7 +168,19 @@ def _is_meant(entry: str, inside: str, kind: Kind | None) -> bool:
         return kind in GROUPS[entry]
     if entry in get_args(Kind):
         return kind == entry
-    return f".{inside}.".endswith(f".{entry}.") or inside.startswith(f"{entry}.")
+    return f".{entry}." in f".{inside}."
+
+
+def _kinds_of_names(structure: Structure) -> dict[str, Kind]:
+    """Parameter name -> kind of its projection; an adapter is of the kind of the layer that it was put into."""
+    kinds: dict[str, Kind] = {}
+    for projection in find_projections(structure):
+        host = projection.unit.removesuffix(".base_layer")
+        inside = projection.members
+        if host != projection.unit:
+            inside = tuple(name for name in structure.parameters if name.startswith(f"{host}."))
+        kinds.update(dict.fromkeys(inside, projection.kind))
+    return kinds
 
 
 def _find_in_block(structure: Structure, block: Block) -> list[Projection]:

@@ -165,6 +165,20 @@ def test_the_trainable_set_is_the_product(deep: Structure) -> None:
     assert narrowed.selectable == {"layers.3.mlp.up_proj.weight"}
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_adapters_are_of_the_kind_of_their_layer() -> None:
+    structure = structure_of("lora")
+    flags = {name: parameter.requires_grad for name, parameter in structure.parameters.items()}
+    for modules in (["attention"], ["query", "value"], ["q_proj", "self_attn.v_proj"]):
+        method = CoFiTune((0.34, 0.67), modules, soft_mask="none", scope="adapters")
+        method.bind(structure, flags)
+        found = method.selectable
+        assert found == {n for n, trains in flags.items() if trains and ".layers.1." in n}
+        assert len(found) == 4
+    with pytest.raises(ConfigError, match="soft_mask='none'"):
+        CoFiTune((0.34, 0.67), ["query"], scope="adapters").bind(structure, flags)
+
+
 def test_everything_else_stays(tmp_path: Path) -> None:
     before = weights(TinyModule("gqa_decoder"))
     after = weights(fit(CoFiTune(num_batches=2), tmp_path))
