@@ -240,7 +240,8 @@ def trainer(out: Path, strategy: Strategy | str, *callbacks: pl.Callback, **kw: 
     return pl.Trainer(
         default_root_dir=out,
         accelerator="cpu",
-        devices=int(os.environ.get("WORLD_SIZE", "1")),
+        devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        num_nodes=int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         strategy=strategy,
         callbacks=list(callbacks),
         logger=False,

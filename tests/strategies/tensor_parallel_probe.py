@@ -79,7 +79,7 @@ def main(out: Path) -> None:
     results["no plan"] = attempt(lambda: base.Language(base.gpt2))
     results["heads"] = attempt(lambda: base.Language(even), 4)
     results["nothing"] = attempt(lambda: base.Vectors(plain), tensor_parallel_plan={"model.7": "colwise"})
-    results["style"] = attempt(lambda: base.Vectors(plain), tensor_parallel_plan={"model.0": "column"})
+    results["style"] = attempt(lambda: base.Vectors(plain), tensor_parallel_plan={"model.0": "colwize"})
     results["layer"] = attempt(lambda: base.Vectors(plain), tensor_parallel_plan={"model.1": "colwise"})
     torch.save(results, out / f"rank{os.environ['RANK']}.pt")
 
