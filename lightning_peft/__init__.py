@@ -34,6 +34,7 @@ _PUBLIC: dict[str, str] = {
     "SearchedSubset": "lightning_peft.methods.layers.searched_subset",
     # quantised base weights
     "QLoRA": "lightning_peft.methods.quantized.qlora",
+    "PEQA": "lightning_peft.methods.quantized.peqa",
     "QuantizedPrecision": "lightning_peft.precision.plugin",
     # strategies
     "FSDP2Strategy": "lightning_peft.strategies.fsdp2",
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from lightning_peft.methods.layers.spectrum import Spectrum
     from lightning_peft.methods.layers.surgical import Surgical
     from lightning_peft.methods.layers.telly import Telly
+    from lightning_peft.methods.quantized.peqa import PEQA
     from lightning_peft.methods.quantized.qlora import QLoRA
     from lightning_peft.models.causal_lm import CausalLM
     from lightning_peft.models.optimizer import WarmupSchedule

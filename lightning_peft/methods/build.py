@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 __all__ = ["when_built"]
 
 
-def when_built(module: LightningModule, action: Callable[[], None]) -> None:
+def when_built(module: LightningModule, action: Callable[[], object]) -> None:
     """Run ``action`` once, right after the module's next ``configure_model``; call it in ``Callback.setup``.
 
     Lightning runs ``configure_model`` for every stage, also where the user does not override it, if the instance has
