@@ -131,6 +131,9 @@ class ResumableDataLoader(DataLoader):
     A loader follows one iteration at a time. To look at training data aside from training, ask the datamodule for
     another ``train_dataloader()``.
 
+    The number of processes may change on resume if ``batch_size`` changes so that the global batch has as many samples:
+    each step then sees the same ones (but for the samples repeated to fill an epoch's last round).
+
     Each process loads ``batch_size`` samples of its own shard. With a ``sampler`` or ``batch_sampler`` of your own,
     this class keeps the position only: the order is as reproducible as theirs, and resuming reads and drops the
     batches that were already seen.
@@ -269,16 +272,20 @@ class ResumableDataLoader(DataLoader):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go to a saved position with the next ``iter``, or with the first batch if ``iter`` was already called."""
         fingerprint = self._fingerprint()
+        then = {name: state_dict.get(name, value) for name, value in fingerprint.items()}
+        sizes = ("batch_size", "num_replicas")
+        together = fingerprint["batch_size"] * fingerprint["num_replicas"]
+        if isinstance(self.sampler, EpochSampler) and then["batch_size"] * then["num_replicas"] == together:
+            then.update({name: fingerprint[name] for name in sizes})  # the same samples in each global batch
         changed = [
-            f"{name} was {state_dict[name]} and is {value}"
-            for name, value in fingerprint.items()
-            if name in state_dict and state_dict[name] != value
+            f"{name} was {then[name]} and is {value}" for name, value in fingerprint.items() if then[name] != value
         ]
         if changed:
             raise ResumeMismatch(
                 "the checkpoint's position in the training data belongs to another order of batches: "
                 + ", ".join(changed)
-                + ". Resume with the settings of the first run, or start a new run from the checkpoint's weights"
+                + ". Resume with the settings of the first run (another number of processes needs a batch_size that gives "
+                "as many samples in all), or start a new run from the checkpoint's weights"
             )
         self._pending = {name: int(state_dict[name]) for name in ("epoch", "batches", "announced")}
         self.set_epoch(self._pending["announced"])

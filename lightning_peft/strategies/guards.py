@@ -9,12 +9,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.pytorch.strategies import (
     DDPStrategy,
     FSDPStrategy,
@@ -27,15 +25,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_peft.core.sharded import Shard, is_sharded, local
 from lightning_peft.errors import ConfigError, EffectError, UnsupportedStrategy
+from lightning_peft.strategies.fsdp1_state import keep_partial_state_fsdp1
 from lightning_peft.strategies.partial_state import (
     fsdp_modules,
     keep_partial_state,
     lazy_init_all_trainable,
     param_groups,
-    read_checkpoint,
+    read_metadata,
     refresh_dtypes,
     reshard,
-    weights_only_of_fit,
 )
 
 __all__ = ["DDPGuard", "FSDP1Guard", "FSDP2Guard", "StrategyGuard", "all_ranks_agree", "guard_for"]
@@ -137,7 +135,7 @@ class _ShardingGuard(StrategyGuard):
 
         def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
             if strategy.optimizers:
-                look(_metadata(strategy, checkpoint_path, weights_only))
+                look(read_metadata(strategy, checkpoint_path, weights_only))
             return load(checkpoint_path, weights_only)
 
         setattr(load_checkpoint, "inner", load)  # noqa: B010
@@ -247,6 +245,12 @@ class FSDP1Guard(_ShardingGuard):
         super().__init__(strategy)
         if not strategy.kwargs.get("use_orig_params"):
             raise self._no_orig_params()
+        if strategy.world_size == 1:
+            raise UnsupportedStrategy(
+                "FSDPStrategy with one process does not shard, and torch then loses parameters of a unit that is "
+                "frozen as a whole from the state dict. Use strategy='auto', which also resumes from full checkpoints "
+                "(state_dict_type='full') of several processes."
+            )
 
     @contextmanager
     def whole_parameters(self) -> Iterator[None]:
@@ -268,7 +272,7 @@ class FSDP1Guard(_ShardingGuard):
         assert self.strategy.model is not None
         if any(_is_fsdp1(child) and not child._use_orig_params for child in self.strategy.model.modules()):
             raise self._no_orig_params()
-        _allow_partial_state(self.strategy, self.merge)
+        keep_partial_state_fsdp1(self.strategy, self.merge)
 
     def put_gradients(self, parameters: Mapping[str, nn.Parameter], saved: Mapping[str, torch.Tensor]) -> None:
         """Make the gradients those of an accumulation window, which lie unsharded in one tensor per unit."""
@@ -299,58 +303,6 @@ class FSDP1Guard(_ShardingGuard):
             "FSDPStrategy(use_orig_params=False) freezes and thaws whole units only, and hides the parameters' names. "
             "Use use_orig_params=True (the default), or strategy='fsdp2'."
         )
-
-
-_NO_STATE_KEY = "lightning_peft/no_optimizer_state"
-
-
-def _allow_partial_state(strategy: Any, merge: Callable[[list[bool]], list[bool]]) -> None:
-    """Make FSDP1 save what state there is.
-
-    torch wants state of every parameter of a unit that requires a gradient if it finds state of one of them, and
-    neither its reader nor Lightning's can load a checkpoint from before the first optimizer step.
-    """
-    if hasattr(strategy.save_checkpoint, "inner"):
-        return
-    save, load, gather = strategy.save_checkpoint, strategy.load_checkpoint, strategy.optimizer_state
-
-    def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        flags = {parameter: parameter.requires_grad for parameter in strategy.lightning_module.parameters()}
-        try:
-            for parameter in flags:
-                parameter.requires_grad_(False)
-            return gather(optimizer)
-        finally:
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
-
-    def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if strategy.optimizers and not any(merge([bool(optimizer.state) for optimizer in strategy.optimizers])):
-            checkpoint.pop("optimizer_states", None)
-            checkpoint[_NO_STATE_KEY] = True
-        save(checkpoint, filepath, storage_options)
-
-    def load_checkpoint(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        if not strategy.optimizers or not _metadata(strategy, checkpoint_path, weights_only).get(_NO_STATE_KEY):
-            return load(checkpoint_path, weights_only)
-        optimizers, strategy.optimizers = strategy.optimizers, []
-        try:
-            return load(checkpoint_path, weights_only)
-        finally:
-            strategy.optimizers = optimizers
-
-    setattr(save_checkpoint, "inner", save)  # noqa: B010
-    strategy.save_checkpoint, strategy.load_checkpoint = save_checkpoint, load_checkpoint
-    strategy.optimizer_state = optimizer_state
-
-
-def _metadata(strategy: Any, path: Any, weights_only: bool | None) -> dict[str, Any]:
-    """What a checkpoint holds beside shards; nothing is read of the tensors of a single file."""
-    path = Path(strategy.broadcast(path))
-    meta = path / _METADATA_FILENAME if path.is_dir() else path
-    if not meta.is_file():
-        return {}  # whoever loads it says what is wrong
-    return read_checkpoint(meta, weights_only_of_fit() if weights_only is None else weights_only, mmap=meta is path)
 
 
 def _is_fsdp1(module: Any) -> bool:

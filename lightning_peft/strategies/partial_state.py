@@ -60,10 +60,13 @@ __all__ = [
     "local_part",
     "optimizer_state",
     "param_groups",
+    "read_checkpoint",
+    "read_metadata",
     "record_partial_state",
     "refresh_dtypes",
     "reshard",
     "sharded_parameters",
+    "weights_only_of_fit",
 ]
 
 PARTIAL_STATE_KEY = "lightning_peft/partial_state"
@@ -304,6 +307,11 @@ def weights_only_of_fit() -> bool | None:
 
 
 def read_checkpoint(path: Path, weights_only: bool | None, mmap: bool) -> dict[str, Any]:
+    """Read a file of a checkpoint to the CPU; with ``mmap`` tensors are read when they are used.
+
+    Raises:
+        ConfigError: The file holds objects that ``torch.load`` refuses.
+    """
     try:
         return torch.load(path, mmap=mmap, map_location="cpu", weights_only=weights_only)
     except pickle.UnpicklingError as error:
@@ -311,6 +319,21 @@ def read_checkpoint(path: Path, weights_only: bool | None, mmap: bool) -> dict[s
             f"{path.name} holds objects that torch.load refuses by default. If you trust the checkpoint, pass "
             f"weights_only=False to Trainer.fit. ({str(error).strip().splitlines()[0]})"
         ) from error
+
+
+def read_metadata(strategy: Any, path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+    """Return what a checkpoint holds beside shards; the tensors of a single file are mapped and not read.
+
+    Args:
+        strategy: A strategy of several processes; every rank must call this.
+        path: Folder or file. If there is none the result is empty, since whoever loads it says what is wrong.
+        weights_only: As in :func:`load_checkpoint`.
+    """
+    path = Path(strategy.broadcast(path))
+    meta = path / _METADATA_FILENAME if path.is_dir() else path
+    if not meta.is_file():
+        return {}
+    return read_checkpoint(meta, weights_only_of_fit() if weights_only is None else weights_only, mmap=meta is path)
 
 
 def _load_sharded(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -240,3 +241,29 @@ def test_lightning_can_take_the_loader_apart() -> None:
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     loader = ResumableDataLoader(range(5), batch_size=2, shuffle=False, drop_last=True)
     assert trainer.predict(Predict(), loader) == [[0, 1], [2, 3], [4]]
+
+
+def test_another_number_of_processes_goes_on_in_the_same_global_batches() -> None:
+    def loaders(num_processes: int) -> list[ResumableDataLoader]:
+        found = []
+        for rank in range(num_processes):
+            loader = ResumableDataLoader(torch.arange(24), batch_size=4 // num_processes, seed=3)
+            loader.sampler._num_replicas, loader.sampler._rank = num_processes, rank
+            found.append(loader)
+        return found
+
+    def global_batches(parts: list[ResumableDataLoader]) -> list[list[int]]:
+        return [sorted(itertools.chain(*batches)) for batches in zip(*map(ids, parts), strict=True)]
+
+    whole = global_batches(loaders(2))
+    first = loaders(2)
+    for loader in first:
+        batches = iter(loader)
+        next(batches), next(batches)
+    for num_processes in (1, 4):
+        resumed = loaders(num_processes)
+        for loader in resumed:
+            loader.load_state_dict(first[0].state_dict())
+        assert global_batches(resumed) == whole[2:]
+    with pytest.raises(ResumeMismatch, match=r"num_replicas was 2 and is 3.*as many samples in all"):
+        loaders(3)[0].load_state_dict(first[0].state_dict())

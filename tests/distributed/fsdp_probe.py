@@ -131,11 +131,11 @@ class WholeWeights(pl.Callback):
             }
 
 
-def make_strategy(name: str, full: bool = False) -> Any:
+def make_strategy(name: str, full: bool = False, world_size: int = 2) -> Any:
     if name == "fsdp1":
         return FSDPOnCPU(auto_wrap_policy={LlamaDecoderLayer}, state_dict_type="full" if full else "sharded")
     if name == "model_parallel":
-        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=not full)
+        return ModelParallelStrategy(world_size, 1, save_distributed_checkpoint=not full)
     from lightning_peft import FSDP2Strategy
 
     return FSDP2Strategy(save_distributed_checkpoint=not full)
