@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
@@ -62,7 +65,7 @@ class TrialRunner:
     ) -> None:
         self._module, self._data, self._trainer = module, data, dict(trainer)
         self._metrics, self._evaluate, self._seed = list(metrics), evaluate, seed
-        self._start: dict[str, Tensor] | None = None
+        self._template: LightningModule | None = module if isinstance(module, LightningModule) else None
         self._structure: Structure | None = None
 
     @property
@@ -72,15 +75,14 @@ class TrialRunner:
 
     @property
     def structure(self) -> Structure:
-        """Blocks and parameters of the module at its start."""
+        """Blocks and parameters of the module at its start; nothing of it may be changed."""
         if self._structure is None:
-            rng = get_rng_state()
-            try:
-                module = self._build({})
-                module.configure_model()
+            with _as_before():
+                module = self._start()
+                if is_overridden("configure_model", module):
+                    module = self._build({})
+                    module.configure_model()
                 self._structure = find_structure(module)
-            finally:
-                set_rng_state(rng)
         return self._structure
 
     def run(
@@ -93,11 +95,10 @@ class TrialRunner:
             hyperparameters: Keyword arguments for the function that makes the module.
 
         Raises:
-            ConfigError: If a metric is missing.
+            ConfigError: If a metric is missing, or the function makes no new module.
             UnsupportedStrategy: If the Trainer runs several processes.
         """
-        rng = get_rng_state()
-        try:
+        with _as_before():
             module = self._build(hyperparameters or {})
             callbacks = self._trainer.get("callbacks") or []
             own = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
@@ -118,8 +119,6 @@ class TrialRunner:
             if self._evaluate is not None:
                 values.update(self._evaluate(trainer, module))
             return self._picked(values, methods, module)
-        finally:
-            set_rng_state(rng)
 
     def _picked(
         self, values: Mapping[str, Any], methods: Sequence[MethodCallback], module: LightningModule
@@ -138,20 +137,30 @@ class TrialRunner:
             )
         return numbers
 
+    def _start(self) -> LightningModule:
+        """The module whose weights all fits start from."""
+        if self._template is None:
+            _seed_all(self._seed)
+            self._template = cast(Callable[..., LightningModule], self._module)()
+        return self._template
+
     def _build(self, hyperparameters: Mapping[str, Any]) -> LightningModule:
         if isinstance(self._module, LightningModule):
             assert not hyperparameters, "a module takes none"
             return copy.deepcopy(self._module)
-        if self._start is None:
-            _seed_all(self._seed)
-            self._start = _tensors(self._module())
+        template = self._start()
         _seed_all(self._seed)
         module = self._module(**hyperparameters)
+        if {id(p) for p in template.parameters()} & {id(p) for p in module.parameters()}:
+            raise ConfigError(
+                "The function that makes the module gave the same weights twice, so that one fit would start where "
+                "another ended. Make a new module in each call, or give the search the module itself."
+            )
+        start = _tensors(template)
         with torch.no_grad():
-            for name, tensor in _tensors(module, clone=False).items():
-                start = self._start.get(name)
-                if start is not None and start.shape == tensor.shape:
-                    tensor.copy_(start)
+            for name, tensor in _tensors(module).items():
+                if name in start and start[name].shape == tensor.shape:
+                    tensor.copy_(start[name])
         return module
 
 
@@ -175,13 +184,22 @@ def _validated(
     return trainer.callback_metrics
 
 
-def _tensors(module: LightningModule, clone: bool = True) -> dict[str, Tensor]:
+@contextmanager
+def _as_before() -> Iterator[None]:
+    """Put the random states back at the end; meanwhile Lightning tells no news of each Trainer."""
+    rng, logger = get_rng_state(), logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        set_rng_state(rng)
+
+
+def _tensors(module: LightningModule) -> dict[str, Tensor]:
     found = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return {
-        name: tensor.detach().clone() if clone else tensor.detach()
-        for name, tensor in found.items()
-        if not tensor.is_meta
-    }
+    return {name: tensor.detach() for name, tensor in found.items() if not tensor.is_meta}
 
 
 def _fresh(value: Any) -> Any:

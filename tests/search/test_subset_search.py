@@ -150,6 +150,34 @@ def test_a_factory_gives_all_trials_the_same_start() -> None:
     assert results[2]["num_trainable_parameters"] == 20
 
 
+def test_a_factory_that_makes_nothing_new() -> None:
+    module = tiny()
+    with pytest.raises(ConfigError, match="same weights twice"):
+        runner(lambda: module).run([subset(1)])
+
+
+class Late(Tiny):
+    """Builds its model in ``configure_model``, as large models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = None  # pyright: ignore[reportAttributeAccessIssue]
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = Tiny().net
+
+
+@pytest.mark.parametrize("module", [Late(), Late])
+def test_a_module_that_builds_its_model_late(module: Any) -> None:
+    found = runner(module, evaluate=lambda t, m: {"digest": digest(m)})
+    assert len(found.structure.blocks) == 5
+    first, second, again = (found.run([subset(index)]) for index in (1, 2, 1))
+    assert first == again
+    assert first["digest"] != second["digest"]
+    assert first["num_trainable_parameters"] == 20
+
+
 def test_metrics_are_of_the_final_weights() -> None:
     """The fit's own validation was two steps before its end."""
     calls: list[int] = []
