@@ -48,7 +48,11 @@ from tests.contract.harness import (
 )
 
 # dynamo looks at `.grad` of what it compiles, and torch warns where that is not a leaf
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    # dynamo of torch 2.11 does this to every custom function
+    pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning"),
+]
 
 MAX_EPOCHS, NUM_STEPS = 4, 24
 
@@ -136,17 +140,17 @@ def test_whole_blocks_share_a_frozen_and_an_active_variant(row: str, tmp_path: P
 
 
 @pytest.mark.parametrize("model", ["conv_net", "gqa_decoder"])
-def test_a_block_compiled_by_itself_has_two_variants_at_most(model: str, tmp_path: Path) -> None:
-    """Resting and active, over 24 switches, with gradients compiled too."""
-    counters = [CompileCounterWithBackend("aot_eager") for _ in range(NUM_LAYERS)]
+def test_gradients_compile_in_two_variants_too(model: str, tmp_path: Path) -> None:
+    """Resting and active, over 24 switches; batch norms of resting blocks are in evaluation mode."""
+    counter = CompileCounterWithBackend("aot_eager")
     module, method = TinyModule(model), LISA(2, period_steps=1)
     blocks = blocks_of(module)
-    for index, counter in enumerate(counters):
+    for index in range(NUM_LAYERS):
         blocks[index] = torch.compile(blocks[index], backend=counter)
     _, probe = run(tmp_path, module, model, [method])
     assert len(method.history) == NUM_STEPS
     assert len({names for _, names in method.history}) > 4, "too few different selections to say anything"
-    assert all(1 <= counter.frame_count <= 2 for counter in counters)
+    assert counter.frame_count == 2
     for step, (_, names) in zip(probe.steps, method.history, strict=True):
         assert {name.replace("._orig_mod", "") for name in step.moved} == names
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +45,13 @@ class _AlongTheStream(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0].to(ctx.dtype), None
+
+
+@dataclass
+class _Branch:
+    """Whether a block is dropped now. One flag for each block, so that ``torch.compile`` needs two variants of it."""
+
+    is_dropped: bool = False
 
 
 class DropBP(MethodCallback):
@@ -98,7 +106,7 @@ class DropBP(MethodCallback):
             raise ConfigError(f"DropBP(drop_rate={drop_rate!r}): the fraction that is dropped must be in [0, 1).")
         self.drop_rate = float(drop_rate)
         self._modules: dict[str, nn.Module] = {}
-        self._dropped: frozenset[str] = frozenset()
+        self._branches: dict[str, _Branch] = {}
         self._handles: list[Any] = []
 
     @override
@@ -115,6 +123,7 @@ class DropBP(MethodCallback):
         if len(units) < 2:
             raise ScopeError(f"{self.label} lies in {len(units)} block(s); dropping takes two or more.")
         self._modules = {unit: structure.modules[unit] for unit in units}
+        self._branches = {unit: _Branch() for unit in units}
         self._inside = {unit: blocks[unit].parameters for unit in units}
         return units
 
@@ -125,9 +134,12 @@ class DropBP(MethodCallback):
 
     @override
     def switched(self, trainer: Trainer) -> None:
-        self._dropped = frozenset(self._units) - self.active_units().keys()
+        active = self.active_units()
         parameters = self._structure.parameters
-        for unit in sorted(self._dropped):
+        for unit, branch in self._branches.items():
+            branch.is_dropped = unit not in active
+            if not branch.is_dropped:
+                continue
             others = [name for name in self._inside[unit] if parameters[name].requires_grad]
             if others:
                 raise ConfigError(
@@ -145,11 +157,14 @@ class DropBP(MethodCallback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._dropped = frozenset()
+        for branch in self._branches.values():
+            branch.is_dropped = False
 
     def _hook(self, unit: str) -> Any:
+        branch = self._branches[unit]
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if unit not in self._dropped or not torch.is_grad_enabled():
+            if not branch.is_dropped or not torch.is_grad_enabled():
                 return None
             main = output if isinstance(output, Tensor) else output[0]
             inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
