@@ -48,6 +48,7 @@ from lightning_peft.strategies.sharding import (
     no_gradient_sync,
     same_on_all_ranks,
     shard_model,
+    shards_integers,
     unsharded_names,
 )
 from lightning_peft.strategies.tensor_parallel import apply_tensor_parallel, clip_grad_norm
@@ -324,7 +325,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Mixed precision of the blocks and of the root group."""
         autocast = getattr(self.precision_plugin, "precision", None) == "bf16-mixed"
         bfloat16 = self.param_dtype == "bfloat16" or (self.param_dtype == "auto" and autocast)
-        if bfloat16 and not _casts_floats_only() and any(not p.is_floating_point() for p in module.parameters()):
+        if bfloat16 and not shards_integers() and any(not p.is_floating_point() for p in module.parameters()):
             bfloat16 = False  # older torch would cast quantised weights as well
         dtype = torch.bfloat16 if bfloat16 else None
         reduce = getattr(torch, self.reduce_dtype)
@@ -390,8 +391,3 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a sharded or a full checkpoint of any number of processes."""
         return load_checkpoint(self, checkpoint_path, weights_only)
-
-
-def _casts_floats_only() -> bool:
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2] if part.isdigit())
-    return version >= (2, 13)

@@ -28,6 +28,7 @@ __all__ = [
     "no_gradient_sync",
     "same_on_all_ranks",
     "shard_model",
+    "shards_integers",
     "unsharded_names",
 ]
 
@@ -96,8 +97,22 @@ def is_sharded_model(model: nn.Module) -> bool:
 
 
 def unsharded_names(model: nn.Module) -> list[str]:
-    """Clean names of the parameters in no ``fully_shard`` group."""
-    return [clean_name(name) for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+    """Clean names of the parameters in no ``fully_shard`` group; integer ones (quantised) need none."""
+    return [
+        clean_name(name)
+        for name, parameter in model.named_parameters()
+        if not isinstance(parameter, DTensor) and _is_number(parameter)
+    ]
+
+
+def shards_integers() -> bool:
+    """Whether this torch shards integer (quantised) weights, and leaves them alone where it casts others: 2.13 does."""
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2] if part.isdigit())
+    return version >= (2, 13)
+
+
+def _is_number(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
 
 
 def shard_model(
@@ -113,19 +128,25 @@ def shard_model(
     """Call ``fully_shard`` on each block, innermost first, and on ``root`` for all that is left.
 
     Two groups cannot own one weight: a block that shares one with another block or with the rest joins the root's
-    group, which is there for the whole step.
+    group, which is there for the whole step. Before torch 2.13, integer weights stay whole on every rank.
     """
     for module in root.modules():  # bitsandbytes looks there when the weight has become a plain tensor
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None and getattr(module, "quant_state", None) is None:
             module.quant_state = state
     own = {id(block) for block in blocks.values()} - _sharing(root, list(blocks.values()))
+    whole = set() if shards_integers() else {p for p in root.parameters() if not _is_number(p)}
     for module in reversed(list(root.modules())):
         if id(module) in own:
             fully_shard(
-                module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard_after_forward
+                module,
+                mesh=mesh,
+                mp_policy=policy,
+                offload_policy=offload,
+                reshard_after_forward=reshard_after_forward,
+                ignored_params=whole,
             )
-    fully_shard(root, mesh=mesh, mp_policy=root_policy, offload_policy=offload)
+    fully_shard(root, mesh=mesh, mp_policy=root_policy, offload_policy=offload, ignored_params=whole)
     assert not unsharded_names(root), unsharded_names(root)
     gather_root_on_demand(root)
 

@@ -125,7 +125,7 @@ class Vectors(Language):
 
     def loss(self, batch: Any) -> torch.Tensor:
         x, y = batch
-        return nn.functional.mse_loss(self.model(x).float(), y)
+        return nn.functional.mse_loss(self.model(x).float(), y.float())
 
 
 class TwoPasses(Vectors):
