@@ -35,6 +35,7 @@ _PUBLIC: dict[str, str] = {
     # quantised base weights
     "QLoRA": "lightning_peft.methods.quantized.qlora",
     "PEQA": "lightning_peft.methods.quantized.peqa",
+    "LowBitAdapters": "lightning_peft.methods.quantized.low_bit_adapters",
     "QuantizedPrecision": "lightning_peft.precision.plugin",
     # strategies
     "FSDP2Strategy": "lightning_peft.strategies.fsdp2",
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
     from lightning_peft.methods.layers.spectrum import Spectrum
     from lightning_peft.methods.layers.surgical import Surgical
     from lightning_peft.methods.layers.telly import Telly
+    from lightning_peft.methods.quantized.low_bit_adapters import LowBitAdapters
     from lightning_peft.methods.quantized.peqa import PEQA
     from lightning_peft.methods.quantized.qlora import QLoRA
     from lightning_peft.models.causal_lm import CausalLM
