@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from lightning_peft import CoFiTune
 from lightning_peft.core.blocks import Structure, find_structure
 from lightning_peft.errors import ConfigError, ScopeError
+from lightning_peft.methods.heads import find_heads, spread_over_heads
 from lightning_peft.methods.layers.cofitune import (
     _dropout_behind,
     disagreement,
     head_scores,
-    spread_over_heads,
     unit_importance,
     unit_scores,
 )
@@ -709,6 +709,22 @@ def test_heads_in_an_unknown_layout() -> None:
     fused = next(p for p in find_projections(structure) if p.kind == "qkv")
     with pytest.raises(ConfigError, match=r"24 output units of .*query_key_value belong to which head"):
         method._heads_of(fused)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5", "whisper", "vit", "mixtral", "gpt2"])
+def test_heads_on_every_architecture(name: str) -> None:
+    """Against the numbers in the models' configurations (see ``tests/core/test_blocks.py``)."""
+    structure = structure_of(name)
+    groups = 1 if name in ("llama", "mixtral") else 2
+    found = [p for p in find_projections(structure) if p.kind in ("query", "key", "value", "qkv")]
+    assert found
+    for projection in found:
+        heads = find_heads(structure, projection)
+        assert heads is not None
+        assert (heads.num_query_heads, heads.num_groups, heads.head_size) == (2, groups, 4)
+        assert heads.output.unit.rpartition(".")[0].startswith(projection.unit.rpartition(".")[0].removesuffix(".self"))
+        assert len(heads.spread(torch.rand(2))) == structure.parameters[projection.weight].shape[projection.out_axis]
+    assert find_heads(structure, next(p for p in find_projections(structure) if p.kind == "down")) is None
 
 
 def test_nothing_to_mask() -> None:

@@ -7,11 +7,9 @@ each update is multiplied by one minus their importance (Zhang et al. 2024, arXi
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,6 +25,7 @@ from lightning_peft.errors import ConfigError, ScopeError, suggest
 from lightning_peft.methods.arguments import is_number, is_whole
 from lightning_peft.methods.base import MethodCallback
 from lightning_peft.methods.batches import sample_batches
+from lightning_peft.methods.heads import HeadLayout, find_heads
 from lightning_peft.methods.logits import batch_logits
 from lightning_peft.methods.moment import Moment
 from lightning_peft.methods.projections import (
@@ -39,7 +38,7 @@ from lightning_peft.methods.projections import (
 )
 from lightning_peft.methods.scoring import mean_over_ranks, scoring_gradients, without_trace
 
-__all__ = ["CoFiTune", "SoftMask", "disagreement", "head_scores", "spread_over_heads", "unit_importance", "unit_scores"]
+__all__ = ["CoFiTune", "SoftMask", "disagreement", "head_scores", "unit_importance", "unit_scores"]
 
 SoftMask = Literal["update", "gradient", "none"]
 """What is multiplied by one minus the importance: what the optimizer adds to the weights, the gradients, or nothing."""
@@ -119,58 +118,7 @@ def unit_importance(scores: Tensor) -> Tensor:
     return torch.tanh(centred / spread).abs().nan_to_num(0.0) if spread > 0 else torch.zeros_like(scores)
 
 
-def spread_over_heads(importance: Tensor, num_heads: int, num_units: int) -> Tensor:
-    """Return the importance of each output unit of a query, key or value projection from that of the query heads.
-
-    With grouped-query attention a key or value head is as important as the most important query head that it serves.
-
-    Args:
-        importance: Of each query head.
-        num_heads: Heads of the projection: those of the queries, or fewer that serve equal groups of them.
-        num_units: Its output units.
-
-    Shapes:
-        ``(num_query_heads,)``; returns ``(num_units,)``.
-
-    Example:
-        >>> spread_over_heads(torch.tensor([0.1, 0.9, 0.0, 0.2]), num_heads=2, num_units=4)
-        tensor([0.9000, 0.9000, 0.2000, 0.2000])
-    """
-    return importance.reshape(num_heads, -1).amax(1).repeat_interleave(num_units // num_heads)
-
-
 _PER_HEAD = ("query", "key", "value", "qkv")
-_NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """How the output units of a query, key or value projection fall into heads."""
-
-    kind: str
-    output: Projection
-    num_query_heads: int
-    num_groups: int
-    head_size: int
-    num_units: int
-
-    def fit(self) -> bool:
-        """Whether the numbers go together."""
-        fused = (self.num_query_heads + 2 * self.num_groups) * self.head_size
-        return {
-            "query": self.num_units % self.num_query_heads == 0,
-            "key": self.num_units % self.num_groups == 0,
-            "value": self.num_units == self.num_groups * self.head_size,
-            "qkv": self.num_units == fused,
-        }[self.kind]
-
-    def spread(self, importance: Tensor) -> Tensor:
-        """Importance of each output unit from that of each query head."""
-        if self.kind == "qkv":
-            parts = (self.num_query_heads, self.num_groups, self.num_groups)
-            return torch.cat([spread_over_heads(importance, part, part * self.head_size) for part in parts])
-        num_heads = self.num_query_heads if self.kind == "query" else self.num_groups
-        return spread_over_heads(importance, num_heads, self.num_units)
 
 
 class CoFiTune(MethodCallback):
@@ -373,27 +321,20 @@ class CoFiTune(MethodCallback):
                 "default 0.003."
             )
 
-    def _heads_of(self, projection: Projection) -> _Heads:
-        """Find the attention's output projection and its heads.
+    def _heads_of(self, projection: Projection) -> HeadLayout:
+        """Find how the output units of a query, key or value projection fall into heads.
 
         Raises:
-            ConfigError: If there is none, or the numbers do not fit.
+            ConfigError: If it cannot be told.
         """
-        parameters = self._structure.parameters
-        outputs = [p for p in find_projections(self._structure) if p.kind == "output" and p.block == projection.block]
-        output = max(outputs, key=lambda p: _num_shared_parts(p.unit, projection.unit), default=None)
-        num_units = parameters[projection.weight].shape[projection.out_axis]
-        num_heads = _attribute(self._structure, projection, _NUM_HEADS)
-        num_groups = _attribute(self._structure, projection, ("num_key_value_heads",)) or num_heads
-        if output is not None and num_heads and num_groups and not projection.unit.endswith("query_key_value"):
-            size = parameters[output.weight].numel() // parameters[output.weight].shape[output.out_axis]
-            found = _Heads(projection.kind, output, num_heads, num_groups, size // num_heads, num_units)
-            if size % num_heads == 0 and num_heads % num_groups == 0 and found.fit():
-                return found
-        raise ConfigError(
-            f"CoFiTune cannot tell which of the {num_units} output units of {projection.unit} belong to which head. "
-            "Leave attention out of modules, or take soft_mask='none'."
-        )
+        found = find_heads(self._structure, projection)
+        if found is None:
+            num_units = self._structure.parameters[projection.weight].shape[projection.out_axis]
+            raise ConfigError(
+                f"CoFiTune cannot tell which of the {num_units} output units of {projection.unit} belong to which "
+                "head. Leave attention out of modules, or take soft_mask='none'."
+            )
+        return found
 
     # ------------------------------------------------------------------ mask
 
@@ -450,24 +391,6 @@ class CoFiTune(MethodCallback):
         """As for every method, with the mean importance of each matrix's units."""
         means = {unit: float(values.mean()) for unit, values in self._importance.items()}
         return {**super().describe(), "mean_importance": means}
-
-
-def _num_shared_parts(path: str, other: str) -> int:
-    together = zip(path.split("."), other.split("."), strict=False)
-    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], together)))
-
-
-def _attribute(structure: Structure, projection: Projection, names: Sequence[str]) -> int | None:
-    """Look a number up on the modules around a projection, innermost first, or on their configurations."""
-    parts = projection.unit.split(".")
-    for depth in range(len(parts) - 1, len(projection.block.split(".")) - 1, -1):
-        module = structure.modules.get(".".join(parts[:depth]))
-        for holder in (module, getattr(module, "config", None)):
-            for name in names:
-                value = getattr(holder, name, None)
-                if isinstance(value, int) and value > 0:
-                    return value
-    return None
 
 
 def _attention_mask(batch: Any, logits: Tensor) -> Tensor | None:
