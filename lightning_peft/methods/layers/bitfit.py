@@ -37,6 +37,10 @@ class BitFit(MethodCallback):
     Paper:
         E. Ben Zaken, S. Ravfogel, Y. Goldberg: BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based
         Masked Language-models, ACL 2022, arXiv:2106.10199.
+
+    Differs from the paper:
+        Every parameter called a bias counts, in any model: those of norms, as in the paper, and also those of
+        convolutions, state-space mixers and recurrent layers.
     """
 
     def __init__(self, scope: str | list[str] = "biases", always: Sequence[str] = ("head",), seed: int = 0) -> None:

@@ -222,6 +222,8 @@ class GreenTrainer(MethodCallback):
     off through it: ``dw`` is its change in that step, ``g`` its gradient after it, both averaged over all ranks. The
     step is rolled back.
 
+    The budget is that of a step in which this method trains alone: what other methods of the run train comes on top.
+
     Args:
         flops_fraction: Of a full fine-tuning step's FLOPs, in ``(0, 1]`` (the paper's rho). 1 trains everything.
         redraw: ``"epoch"``, a number of optimizer steps, or ``"never"``: one draw, at the first batch.

@@ -20,7 +20,9 @@ class LastLayer(MethodCallback):
     """Train the last ``num_layers`` blocks; freeze the rest.
 
     Back-propagation stops below them, and no activation under them is saved: with 2 of 8 blocks (and a small head) a
-    step costs 0.52 of full fine-tuning's FLOPs. The cheapest baseline there is.
+    step costs 0.52 of full fine-tuning's FLOPs.
+
+    Use it where compute is scarcest, and as the cheapest baseline there is.
 
     Args:
         num_layers: How many blocks from the end, at least 1.
@@ -40,6 +42,9 @@ class LastLayer(MethodCallback):
         A. Zlotchevski, D. Drain, A. Svyatkovskiy, C. Clement, N. Sundaresan, M. Tufano: Exploring and Evaluating
         Personalized Models for Code Generation, ESEC/FSE 2022, arXiv:2208.13928 (the variant that tunes the last
         decoder block).
+
+    Differs from the paper:
+        Any number of last blocks, of any model; the paper trains one, of the decoder.
     """
 
     def __init__(
