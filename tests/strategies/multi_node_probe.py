@@ -56,8 +56,7 @@ def main(out: Path) -> None:
     results["sharded within a node"] = fit(out, FSDP2Strategy(num_replicas=2))
     results["recipe"] = recipe(out, "--trainer.max_steps=2")
     hybrid = f"--config={CONFIGS / 'strategies/fsdp2_hybrid.yaml'}"
-    resume = f"--ckpt_path={out / 'run' / 'last.ckpt'}"
-    results["recipe, hybrid"] = recipe(out, hybrid, "--trainer.max_steps=3", resume)
+    results["recipe, hybrid"] = recipe(out, hybrid, "--trainer.max_steps=3", "--ckpt_path=last")
     torch.save(results, out / f"rank{os.environ['RANK']}.pt")
 
 
