@@ -103,6 +103,8 @@ def main(out: Path) -> None:
         results[f"{row}/{accumulate}"] = fit(
             out, ROWS[row].make(), devices=2, strategy="ddp", accumulate_grad_batches=accumulate
         )
+    for row in ("lisa", "hft", "schedule", "badam"):
+        results[f"mixed/{row}"] = fit(out, ROWS[row].make(), devices=2, strategy="ddp", precision="bf16-mixed")
     results["find_unused"] = fit(
         out, ROWS["lisa"].make(), devices=2, strategy="ddp_find_unused_parameters_true", accumulate_grad_batches=1
     )

@@ -55,6 +55,14 @@ class ShardedByUser(Quiet):
         fully_shard(self.model, mesh=mesh, **policy)
 
 
+class LeavesOut(Quiet):
+    """Shards its blocks and forgets the rest."""
+
+    def configure_model(self) -> None:
+        for block in self.model.model.layers:
+            fully_shard(block, mesh=self.device_mesh["data_parallel"])
+
+
 class ShardedByUserMixed(ShardedByUser):
     mixed = True
 
@@ -150,12 +158,15 @@ def fit(
     full: bool = False,
     dropout: bool = False,
     adapters: bool = False,
+    module: type[TinyModule] | None = None,
     **kw: Any,
 ) -> dict[str, Any]:
     """As ``ddp_probe.fit``, on two processes under ``strategy``."""
     mixed = kw.get("precision") == "bf16-mixed"
-    if strategy == "model_parallel":
-        module: type[TinyModule] = WithDropout if dropout else ShardedByUserMixed if mixed else ShardedByUser
+    if module is not None:
+        pass
+    elif strategy == "model_parallel":
+        module = WithDropout if dropout else ShardedByUserMixed if mixed else ShardedByUser
         if mixed:
             kw.pop("precision")
     else:
@@ -199,6 +210,20 @@ def refused(out: Path, strategy: str, methods: list[MethodCallback], **kw: Any) 
     return "no error"
 
 
+def second_fit(out: Path) -> str:
+    """Fit a module that a strategy has wrapped in an earlier fit."""
+    module = Quiet(MODEL)
+    for _ in range(2):
+        run = trainer(
+            out, ROWS["lisa"].make(), devices=2, strategy=make_strategy("fsdp1"), gradient_clip_val=None, max_epochs=1
+        )
+        try:
+            run.fit(module, loader(2))
+        except LightningPeftError as error:
+            return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
 def main(out: Path, strategy: str) -> None:
     results: dict[str, Any] = {}
     for row in ROWS:
@@ -208,6 +233,10 @@ def main(out: Path, strategy: str) -> None:
             results[f"refused/{row}"] = refused(out, strategy, ROWS[row].make())
     for row in ("lisa", "hft", "schedule", "badam"):
         results[f"mixed/{row}"] = fit(out, strategy, ROWS[row].make(), precision="bf16-mixed")
+    if strategy == "model_parallel":
+        results["refused/left_out"] = refused(out, strategy, ROWS["lisa"].make(), module=LeavesOut)
+    if strategy == "fsdp1":
+        results["refused/second_fit"] = second_fit(out)
     for row, make in ADAPTER_ROWS.items():
         results[f"adapters/{row}"] = fit(out, strategy, make(), adapters=True)
     for full in (False, True):

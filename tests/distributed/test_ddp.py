@@ -48,6 +48,20 @@ def test_gradients_equal_one_process_on_the_joined_batch(
     assert_same_weights(ranks[0][f"{row}/{accumulate}"]["weights"], ranks[1][f"{row}/{accumulate}"]["weights"])
 
 
+@pytest.mark.parametrize("row", ["lisa", "hft", "schedule", "badam"])
+def test_mixed_precision(row: str, ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Under bfloat16 autocast: the same set, float32 gradients, as close to one process as bfloat16 is."""
+    expected = ddp_probe.fit(tmp_path, ROWS[row].make(), precision="bf16-mixed")
+    for rank in ranks:
+        result = rank[f"mixed/{row}"]
+        assert result["histories"] == expected["histories"]
+        assert [set(step) for step in result["gradients"]] == [set(step) for step in expected["gradients"]]
+        for name, gradient in result["gradients"][0].items():
+            assert gradient.dtype == torch.float32
+            torch.testing.assert_close(gradient, expected["gradients"][0][name], rtol=3e-2, atol=3e-3)
+    assert_same_weights(ranks[0][f"mixed/{row}"]["weights"], ranks[1][f"mixed/{row}"]["weights"])
+
+
 @pytest.mark.parametrize("variant", ["find_unused", "static_graph"])
 def test_variants_of_ddp(variant: str, ranks: list[dict[str, Any]], tmp_path: Path) -> None:
     expected = single("lisa", 1, tmp_path)

@@ -88,3 +88,12 @@ def test_resume_is_exact(row: str, form: str, run: tuple[str, Ranks]) -> None:
             resumed = rank[f"resume/{form}/{row}/{position}"]
             assert resumed["histories"] == expected["histories"]
             assert_same_weights(resumed["weights"], expected["weights"])
+
+
+def test_what_would_be_wrong_is_refused(run: tuple[str, Ranks]) -> None:
+    strategy, ranks = run
+    for rank in ranks:
+        if strategy == "model_parallel":
+            assert "ConfigError: 3 parameter(s) that may train are in no fully_shard group" in rank["refused/left_out"]
+        if strategy == "fsdp1":
+            assert "already wrapped by FullyShardedDataParallel" in rank["refused/second_fit"]
