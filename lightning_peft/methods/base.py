@@ -267,6 +267,12 @@ class MethodCallback(Callback):
             return self.selectable
         return self._names(self._select(Draw(0, 0, 0, self.seed)))
 
+    def lasting(self) -> frozenset[str]:
+        """Names that train in every draw of the run, as far as is known before it."""
+        if self.is_static and not self.needs_batch:
+            return self.before_wrap()
+        return frozenset().union(*self._always_units.values())
+
     def draw_due(self, step: int, epoch: int) -> int:
         """Number of the draw that should be in force at this time."""
         if self._redraw == "never":

@@ -68,16 +68,23 @@ def check_optimizers(
         raise ConfigError(" ".join(problems))
 
 
-def check_checkpointing(structure: Structure, planned: Collection[str]) -> None:
+def check_checkpointing(structure: Structure, planned: Collection[str], lasting: Collection[str]) -> None:
     """Check that reentrant activation checkpointing does not cut active blocks off from the loss.
 
     Reentrant checkpointing gives a block no gradient at all unless one of its inputs needs one, which is so only if
     something before the first block trains.
 
+    Args:
+        structure: The model.
+        planned: Names that may train at some time of the run.
+        lasting: Names that train all the time.
+
     Raises:
-        ConfigError: If it would.
+        ConfigError: If it would, at any time of the run.
     """
-    if any(name in planned for name in structure.roles["embeddings"]):
+    if any(name in lasting for name in structure.roles["embeddings"]):
+        return
+    if not any(name in planned for name in structure.roles["blocks"]):
         return
     if any(getattr(module, "_require_grads_hook", None) is not None for module in structure.modules.values()):
         return
@@ -87,9 +94,9 @@ def check_checkpointing(structure: Structure, planned: Collection[str]) -> None:
             continue
         if function.keywords.get("use_reentrant"):
             raise ConfigError(
-                f"{path or 'the model'} uses reentrant activation checkpointing while the embeddings are frozen: the "
-                "active blocks would get no gradient. Use gradient_checkpointing_enable("
-                "gradient_checkpointing_kwargs={'use_reentrant': False}), or train the embeddings too."
+                f"{path or 'the model'} uses reentrant activation checkpointing while the embeddings are frozen, "
+                "all or some of the time: the active blocks would get no gradient. Use gradient_checkpointing_enable("
+                "gradient_checkpointing_kwargs={'use_reentrant': False}), or train the embeddings all the time too."
             )
 
 

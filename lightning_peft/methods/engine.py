@@ -134,7 +134,8 @@ class Engine:
             self._check_can_shard(method)
         self._structure, self._in_force = structure, True
         self._registered = frozenset().union(*(method.before_wrap() for method in self.methods))
-        check_checkpointing(structure, frozenset().union(*(m.before_wrap() for m in self.methods)))
+        lasting = frozenset().union(*(method.lasting() for method in self.methods))
+        check_checkpointing(structure, self._registered, lasting)
         set_flags(structure.parameters, {name: name in self._registered for name in structure.parameters})
 
     def _check_can_shard(self, method: MethodCallback) -> None:

@@ -1,10 +1,11 @@
-"""Activation checkpointing of our own models: frozen blocks at the bottom are neither recomputed nor gone back through.
+"""Activation checkpointing: every method's gradients are what they are without it, or it is refused before training.
 
-What checkpointing does to gradients under each method's hooks is looked at in test_engine.py and the methods' files.
+In our own models, frozen blocks at the bottom are neither recomputed nor gone back through.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,28 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_peft import LISA, BAdam, CausalLM, EmbeddingsAndHead, Telly
+from lightning_peft import (
+    HFT,
+    IST,
+    LISA,
+    AutoRGN,
+    BAdam,
+    BitFit,
+    CausalLM,
+    DropBP,
+    EmbeddingsAndHead,
+    FinetuningSchedule,
+    GradualUnfreezing,
+    LastLayer,
+    RandomTuning,
+    RiFT,
+    Spectrum,
+    Surgical,
+    Telly,
+)
+from lightning_peft.errors import ConfigError
 from lightning_peft.methods.base import MethodCallback
-from tests.contract.harness import trainer
+from tests.contract.harness import TinyModule, loader, trainer
 
 NUM_BLOCKS, BATCH, LENGTH, WIDTH, HIDDEN, VOCABULARY = 4, 2, 8, 16, 24, 32
 CONFIG = {
@@ -110,3 +130,96 @@ def test_hidden_states_below_the_cut_are_no_part_of_the_graph() -> None:
     module(torch.tensor([[3, 4, 5]])).sum().backward()
     assert seen == [False, False, True, True]
     assert all(p.grad is not None for p in layers[2:].parameters())
+
+
+# ---------------------------------------------------------------------------------------------------- every method
+
+
+class User(TinyModule):
+    """A user's module, checkpointed in either way, with or without what transformers puts on the embeddings for it."""
+
+    def __init__(self, use_reentrant: bool | None, hooked: bool = False) -> None:
+        super().__init__("gqa_decoder")
+        model: Any = self.model
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+        if use_reentrant is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # newer transformers have another name for it
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+            if not hooked:
+                model.disable_input_require_grads()
+
+
+class Gradients(pl.Callback):
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        self.steps.append({n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None})
+
+
+def gradients_of(tmp_path: Path, module: User, method: MethodCallback) -> list[dict[str, torch.Tensor]]:
+    gradients = Gradients()
+    run = trainer(tmp_path, [method, gradients], max_epochs=1, limit_val_batches=0)
+    run.fit(module, loader("gqa_decoder"), loader("gqa_decoder", shuffle=False))
+    return gradients.steps
+
+
+ON = ("embeddings", "head", "norms")
+THAWING: dict[int, Any] = {0: {"params": ["head"], "max_steps": 2}, 1: {"params": ["*.[23].*"], "lr": 1e-3}}
+LASTING: dict[int, Any] = {
+    0: {"params": ["head", "embeddings"], "max_steps": 2},
+    1: {"params": ["*.[23].*"], "freeze": ["head"], "lr": 1e-3},
+}
+# Whether the embeddings train all the time: if not, reentrant checkpointing would starve the blocks.
+EVERY: dict[str, tuple[Callable[[], MethodCallback], bool]] = {
+    "lisa": (lambda: LISA(1, period_steps=2), True),
+    "lisa_frozen": (lambda: LISA(1, period_steps=2, always=("head",)), False),
+    "hft": (lambda: HFT(redraw=2), True),
+    "hft_frozen": (lambda: HFT(redraw=2, always=("head",)), False),
+    "ist": (lambda: IST(0.5, score_period_steps=2, scope="blocks", always=ON), True),
+    "ist_frozen": (lambda: IST(0.5, score_period_steps=2, scope="blocks"), False),
+    "badam": (lambda: BAdam(period_steps=2, always=ON), True),
+    "badam_in_turn": (lambda: BAdam("descending", period_steps=1, scope=["blocks", "embeddings"]), False),
+    "dropbp": (lambda: DropBP(0.5), True),
+    "dropbp_frozen": (lambda: DropBP(0.5, always=("head",)), False),
+    "telly": (lambda: Telly(2), False),
+    "spectrum": (lambda: Spectrum(0.5), True),
+    "surgical": (lambda: Surgical(1, 2), False),
+    "random_tuning": (lambda: RandomTuning(0.3, scope="blocks", redraw=2, always=("embeddings",)), True),
+    "bitfit": (lambda: BitFit(scope=["norms"]), False),
+    "embeddings_and_head": (lambda: EmbeddingsAndHead(), True),
+    "last_layer": (lambda: LastLayer(2), False),
+    "gradual_unfreezing": (lambda: GradualUnfreezing(period_steps=1), False),
+    "schedule": (lambda: FinetuningSchedule(THAWING), False),
+    "schedule_lasting": (lambda: FinetuningSchedule(LASTING), True),
+    "auto_rgn": (lambda: AutoRGN(num_batches=1), True),
+    "rift": (lambda: RiFT(epochs=1, num_batches=1, interpolation_steps=0, score_on="train"), False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("row", EVERY)
+def test_gradients_are_those_without_checkpointing(row: str, tmp_path: Path) -> None:
+    make, lasting = EVERY[row]
+    expected = gradients_of(tmp_path, User(None), make())
+    assert len(expected) == 6
+    for use_reentrant, hooked in ((False, False), (False, True), (True, True), (True, False)):
+        if use_reentrant and not hooked and not lasting:
+            with pytest.raises(ConfigError, match="reentrant activation checkpointing while the embeddings are frozen"):
+                gradients_of(tmp_path, User(use_reentrant), make())
+            continue
+        found = gradients_of(tmp_path, User(use_reentrant, hooked), make())
+        assert [step.keys() for step in found] == [step.keys() for step in expected], (use_reentrant, hooked)
+        for ours, theirs in zip(found, expected, strict=True):
+            for name in theirs:
+                torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_head_alone_needs_no_blocks(tmp_path: Path) -> None:
+    """Nothing in the blocks trains, so that nothing is starved."""
+    steps = gradients_of(tmp_path, User(use_reentrant=True), EmbeddingsAndHead(scope=["head"]))
+    assert all(step.keys() == {"model.lm_head.weight"} for step in steps)

@@ -123,6 +123,10 @@ class AutoRGN(MethodCallback):
     def needs_whole_parameters(self) -> bool:
         return True
 
+    @override
+    def lasting(self) -> frozenset[str]:
+        return self.selectable
+
     @property
     @override
     def needs_batch(self) -> bool:

@@ -187,6 +187,11 @@ class FinetuningSchedule(MethodCallback):
         """Return the units that train in this phase; the draw's index is the phase."""
         return [unit for unit, pattern in self._patterns.items() if draw.index in pattern]
 
+    @override
+    def lasting(self) -> frozenset[str]:
+        every = tuple(range(len(self.phases)))
+        return frozenset(n for unit, pattern in self._patterns.items() if pattern == every for n in self._units[unit])
+
     # ------------------------------------------------------------------ transitions
 
     def _restart(self, epoch: int) -> None:
