@@ -7,7 +7,7 @@ What is changed against the layers of bitsandbytes:
 * A bias keeps its dtype and may be trained; bitsandbytes casts it, for good, to the dtype of the first input.
 * 8-bit layers compute the same in training and in evaluation on a CPU.
 * 4-bit weights whose rows are not whole blocks are dequantised right. The CPU kernels of bitsandbytes 0.50 apply the
-  scales of other blocks where the number of inputs is above the block size and no multiple of it.
+  scales of other blocks where the number of inputs is a multiple of 16 and not of the block size.
 * Loading a state dict that lacks the weight leaves the weight alone; floating-point weights are quantised while they
   are loaded, quantised ones are taken as they are.
 """
