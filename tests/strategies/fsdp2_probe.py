@@ -469,6 +469,50 @@ def mistakes(out: Path) -> dict[str, Any]:
     }
 
 
+def traffic(out: Path) -> dict[str, list[int]]:
+    """Numbers of elements of every reduce-scatter of a fit, per setting."""
+    from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
+
+    original, results = DefaultReduceScatter.__call__, {}
+    sent: list[int] = []
+
+    def counted(self: Any, output_tensor: Any, input_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sent.append(input_tensor.numel())
+        return original(self, output_tensor, input_tensor, *args, **kwargs)
+
+    DefaultReduceScatter.__call__ = counted
+    try:
+        for name, settings, callbacks, kw in (
+            ("plain", {}, [], {}),
+            ("accumulated", {}, [], {"accumulate_grad_batches": 4}),
+            ("in shards", {"reduce_every_micro_batch": True}, [], {"accumulate_grad_batches": 4}),
+            ("frozen below", {}, [Freeze], {}),
+        ):
+            sent = []
+            fit(out, FSDP2Strategy(**settings), Vectors, *(c() for c in callbacks), max_steps=1, **kw)
+            results[name] = list(sent)
+    finally:
+        DefaultReduceScatter.__call__ = original
+    return results
+
+
+def recomputed(out: Path) -> dict[str, list[int]]:
+    """How often each block computes in one step, with the lower two frozen."""
+    counts = [0] * 4
+
+    class Count(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            for index, block in enumerate(pl_module.model.blocks):
+                block.linear.register_forward_hook(lambda *_, i=index: counts.__setitem__(i, counts[i] + 1))
+
+    results = {}
+    for name, callbacks in (("all train", [Count()]), ("frozen below", [Freeze(), Count()])):
+        counts[:] = [0] * 4
+        fit(out, FSDP2Strategy(activation_checkpointing=True), Vectors, *callbacks, max_steps=1)
+        results[name] = list(counts)
+    return results
+
+
 def main(task: str, out: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -482,6 +526,8 @@ def main(task: str, out: Path) -> None:
         results["materialized"] = materialized(out)
         results["unlike"] = unlike_ranks(out)
         results["mistakes"] = mistakes(out)
+        results["traffic"] = traffic(out)
+        results["recomputed"] = recomputed(out)
         for name, quantised in (("lora", False), ("qlora", True)):
             results[name] = adapters(out, FSDP2Strategy(), quantised)
     torch.save(results, out / f"{task}_rank{os.environ['RANK']}.pt")

@@ -166,3 +166,19 @@ def test_mistakes_are_said_on_every_rank_before_training(ranks: list[dict[str, A
         assert "is not whole: model-00001-of-" in found["not whole"]
         assert found["other model"].startswith("BaseMismatch: The weights at")
         assert "Stack has no reset_parameters()" in found["no reset"]
+
+
+def test_gradients_travel_once_per_step_and_only_those_of_what_trains(ranks: list[dict[str, Any]]) -> None:
+    sent = ranks[0]["traffic"]
+    numbers = {name: p.numel() for name, p in probe.Vectors().named_parameters()}
+    assert len(sent["plain"]) == 5  # four blocks and the rest
+    assert sent["accumulated"] == sent["plain"]
+    assert sent["in shards"] == sent["plain"] * 4
+    assert sum(sent["plain"]) >= sum(numbers.values())  # rows are filled up to a multiple of the ranks
+    trains = sum(number for name, number in numbers.items() if "2." in name or "head" in name)
+    assert len(sent["frozen below"]) == 2
+    assert trains <= sum(sent["frozen below"]) < 1.5 * trains < sum(numbers.values())
+
+
+def test_only_blocks_that_a_gradient_flows_through_are_computed_again(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["recomputed"] == {"all train": [2, 2, 2, 2], "frozen below": [1, 1, 2, 2]}
