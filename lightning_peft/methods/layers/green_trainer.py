@@ -222,6 +222,8 @@ class GreenTrainer(MethodCallback):
     off through it: ``dw`` is its change in that step, ``g`` its gradient after it, both averaged over all ranks. The
     step is rolled back.
 
+    With ``torch.compile``, each draw compiles each block that it cuts through anew; scoring runs uncompiled.
+
     The budget is that of a step in which this method trains alone: what other methods of the run train comes on top.
 
     Args:

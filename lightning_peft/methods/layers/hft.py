@@ -77,6 +77,9 @@ class HFT(MethodCallback):
     ``q`` and ``o``; each expert's matrices count separately. The parameter fraction that results is in
     :meth:`describe`.
 
+    With ``torch.compile``, every pattern of trained matrices is a variant of its block: with a redraw take
+    ``granularity="layer"``, which needs two, or raise ``torch._dynamo.config.recompile_limit``.
+
     Args:
         fraction: Of the units that train, in ``(0, 1]``. 1 is full fine-tuning.
         granularity: ``"category"`` (the paper's), ``"layer"`` (whole layers) or ``"model"`` (any matrices).

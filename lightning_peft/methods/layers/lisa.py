@@ -48,6 +48,9 @@ class LISA(MethodCallback):
 
     Use it to fine-tune all weights of a model whose full optimizer state does not fit.
 
+    With ``torch.compile``, compile block by block (``for block in model.layers: block.compile()``): a resting and an
+    active variant serve all blocks of a class. A model compiled as a whole would be compiled anew for each draw.
+
     Args:
         num_layers: Blocks that train at a time (the paper's gamma), at least 1. More than there are means all.
         period_steps: Optimizer steps between draws (the paper's K), at least 1. Micro-batches do not count.

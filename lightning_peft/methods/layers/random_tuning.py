@@ -40,6 +40,8 @@ class RandomTuning(MethodCallback):
 
     Use it as the control that a cleverer choice of tensors has to beat at the same budget.
 
+    With ``torch.compile``, each draw compiles each block that it cuts through anew.
+
     Args:
         fraction: Of the scope's parameters, in ``(0, 1]``.
         redraw: ``"never"``, ``"epoch"`` or a number of optimizer steps.
