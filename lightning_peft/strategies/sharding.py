@@ -193,7 +193,7 @@ def same_on_all_ranks(model: nn.Module) -> list[str]:
     tensors = {
         clean_name(name): tensor
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-        if not tensor.is_meta and not isinstance(tensor, DTensor) and tensor.dtype != torch.bool
+        if not tensor.is_meta and tensor.dtype != torch.bool and _has_plain_memory(tensor)
     }
     names = list(tensors)
     marks = [(name, tuple(tensors[name].shape), str(tensors[name].dtype)) for name in names]
@@ -222,6 +222,11 @@ def same_on_all_ranks(model: nn.Module) -> list[str]:
         with torch.no_grad():
             tensor.copy_(sent)
     return different
+
+
+def _has_plain_memory(tensor: Tensor) -> bool:
+    """Whether the bits of ``tensor`` are its own; not so of shards and of torchao's quantised weights."""
+    return type(tensor) in (Tensor, nn.Parameter) or type(tensor).__module__.startswith("bitsandbytes")
 
 
 def _group_device(tensor: Tensor) -> torch.device:

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -296,6 +296,17 @@ class Case:
         return fit(out, strategy, self.make, *(callback() for callback in self.callbacks), **self.kw)
 
 
+def compiled() -> nn.Module:
+    return cast(nn.Module, torch.compile(Stack(), backend="eager"))
+
+
+def compiled_blocks() -> nn.Module:
+    model = Stack()
+    for block in model.blocks:
+        block.compile(backend="eager")
+    return model
+
+
 CASES: dict[str, Case] = {
     "llama": Case(Language),
     "built late": Case(Late),
@@ -303,6 +314,8 @@ CASES: dict[str, Case] = {
     "vectors": Case(Vectors),
     "tied blocks": Case(lambda: Vectors(lambda: Stack(tied=True))),
     "named blocks": Case(Language, strategy={"blocks": ["LlamaMLP", "model.model.layers.*.self_attn"]}),
+    "compiled": Case(lambda: Vectors(compiled)),
+    "compiled blocks": Case(lambda: Vectors(compiled_blocks)),
     "two passes": Case(TwoPasses),
     "manual": Case(Manual),
     "sharded by the user": Case(Sharded),
@@ -349,6 +362,10 @@ def life(out: Path, strategy: Callable[[], Strategy | str], make: Callable[[], L
 def checkpoints(out: Path) -> dict[str, Any]:
     results = {}
     for form in ("sharded", "full"):
+        for name, make in (("manual", Manual), ("compiled", lambda: Vectors(compiled))):
+            kind, path = {"save_distributed_checkpoint": form == "sharded"}, out / f"{form}_{name}.ckpt"
+            results[f"{form}/{name}"] = fit(out, FSDP2Strategy(**kind), make, Save(path))
+            results[f"{form}/{name}/resumed"] = fit(out, FSDP2Strategy(**kind), make, ckpt=path, seed=6)
         path = out / f"{form}.ckpt"
         settings: dict[str, Any] = {"save_distributed_checkpoint": form == "sharded"}
         results[form] = fit(out, FSDP2Strategy(**settings), Language, Save(path))

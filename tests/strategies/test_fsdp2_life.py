@@ -77,6 +77,17 @@ def test_checkpoints(form: str, ranks: list[dict[str, Any]], folder: Path) -> No
         assert tested == ranks[0]["checkpoints"]["sharded/tested"]
 
 
+@pytest.mark.parametrize("form", ["sharded", "full"])
+@pytest.mark.parametrize("name", ["manual", "compiled"])
+def test_checkpoints_of_several_optimizers_and_compiled_models(
+    form: str, name: str, ranks: list[dict[str, Any]]
+) -> None:
+    for rank in ranks:
+        expected, resumed = rank["checkpoints"][f"{form}/{name}"], rank["checkpoints"][f"{form}/{name}/resumed"]
+        assert len(expected["weights"]) == 19
+        assert all(torch.equal(w, resumed["weights"][key]) for key, w in expected["weights"].items())
+
+
 def reference(folder: Path, tmp_path: Path, kind: str = "whole") -> dict[str, Any]:
     """One process with the weights read by transformers."""
     from transformers import AutoModelForCausalLM
