@@ -13,9 +13,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import FSDP2Strategy, QLoRA, QuantizedPrecision
+from lightning_peft import PEQA, FSDP2Strategy, LowBitAdapters, QLoRA, QuantizedPrecision
 from lightning_peft.errors import ConfigError, UnsupportedStrategy
 from lightning_peft.precision import quantized_layers
+from lightning_peft.strategies.sharding import shards_integers
 from tests.precision.tiny import LoRAModule, rows, trainer
 
 STEPS = 5
@@ -35,9 +36,10 @@ class Recorded(LoRAModule):
         super().configure_model()
         if self.shard:
             mesh = self.device_mesh["data_parallel"]
+            whole = None if shards_integers() else {p for p in self.parameters() if not p.is_floating_point()}
             for layer in self.model.model.layers:
-                fully_shard(layer, mesh=mesh)
-            fully_shard(self.model, mesh=mesh)
+                fully_shard(layer, mesh=mesh, ignored_params=whole)
+            fully_shard(self.model, mesh=mesh, ignored_params=whole)
 
     def loss(self, batch: Any) -> torch.Tensor:
         ids = batch[0][self.global_rank :: self.trainer.world_size]  # each process its part of the same batch
@@ -73,7 +75,7 @@ def run(
     module: Recorded, mode: Any, strategy: Any, devices: int = 2, steps: int = STEPS, ckpt: Any = None, **kwargs: Any
 ) -> pl.Trainer:
     settings: dict[str, Any] = {"strategy": strategy, "devices": devices, "limit_val_batches": 2, **kwargs}
-    fit = trainer(QuantizedPrecision(mode), steps, use_distributed_sampler=False, **settings)
+    fit = trainer(None if mode is None else QuantizedPrecision(mode), steps, use_distributed_sampler=False, **settings)
     fit.fit(module, data(), data(), ckpt_path=ckpt)
     return fit
 
@@ -85,6 +87,12 @@ def stock(sharded_files: bool = True) -> ModelParallelStrategy:
 def qlora() -> dict[str, Any]:
     """Epochs of two steps, so that a run resumes at the beginning of one, with a plain loader."""
     return {"callbacks": [QLoRA(rank=4, alpha=8, dropout=0.0)], "limit_train_batches": 2}
+
+
+METHODS: dict[str, Any] = {
+    "peqa": lambda: [PEQA(bits=4, group_size=16)],
+    "low_bit": lambda: [LowBitAdapters(bits=2)],
+}
 
 
 def main(out: Path) -> None:
@@ -99,6 +107,11 @@ def main(out: Path) -> None:
         module = Recorded(where, shard=shard)
         run(module, mode, make())
         results[name] = result(module)
+    for name in ("ddp", "fsdp2"):
+        for method in METHODS:
+            module = Recorded("init" if method == "low_bit" else "bare")
+            run(module, None, "ddp" if name == "ddp" else FSDP2Strategy(), callbacks=METHODS[method]())
+            results[f"{method} {name}"] = result(module)
     for files in (True, False):
         half = Recorded("bare")
         first = run(half, "nf4", FSDP2Strategy(save_distributed_checkpoint=files), steps=2, **qlora())
