@@ -29,10 +29,12 @@ from torch.optim import Optimizer
 from lightning_peft.errors import ConfigError, UnsupportedStrategy
 from lightning_peft.strategies.materialize import (
     WeightFiles,
+    fill_from_rank_zero,
     has_meta_tensors,
     materialize,
     parameters_on_meta,
     seed_of_rank_zero,
+    take_from_rank_zero,
 )
 from lightning_peft.strategies.partial_state import (
     lazy_init_all_trainable,
@@ -261,7 +263,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         if is_sharded_model(module):
             self._complete(module)
             return
-        files = self._weight_files(module)
+        held = take_from_rank_zero(module)
+        files = self._weight_files(module) if held is None else None
         if dist.get_world_size() > 1:
             different = same_on_all_ranks(module)
             if different:
@@ -274,8 +277,10 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.activation_checkpointing:
             checkpoint_activations(module, blocks)
         self._shard(module, blocks)
-        if has_meta_tensors(module):
-            place = torch.device("cpu") if self.cpu_offload else self.root_device
+        place = torch.device("cpu") if self.cpu_offload else self.root_device
+        if held is not None:
+            fill_from_rank_zero(module, held, place, self.root_device)
+        elif has_meta_tensors(module):
             fresh = materialize(module, place, self.root_device, files, seed_of_rank_zero())
             if fresh:
                 more = f", ... ({len(fresh)} in all)" if len(fresh) > 4 else ""

@@ -22,7 +22,15 @@ from lightning_peft.core.sharded import local
 from lightning_peft.errors import BaseMismatch, ConfigError, nearest, suggest
 from lightning_peft.strategies.partial_state import local_part
 
-__all__ = ["WeightFiles", "has_meta_tensors", "materialize", "parameters_on_meta"]
+__all__ = [
+    "WeightFiles",
+    "fill_from_rank_zero",
+    "has_meta_tensors",
+    "materialize",
+    "parameters_on_meta",
+    "seed_of_rank_zero",
+    "take_from_rank_zero",
+]
 
 
 @contextmanager
@@ -149,6 +157,72 @@ def materialize(
         for key, name in sources.items():
             local(targets[key]).copy_(weights.read(name, targets[key]))
     return fresh
+
+
+def take_from_rank_zero(model: nn.Module) -> dict[str, Tensor] | None:
+    """Where rank 0 has the weights and others have none, take them out of the model on rank 0.
+
+    Returns:
+        None if all ranks have weights, or none has. Otherwise every tensor of the model, on rank 0, and nothing on the
+        others; the model itself is without memory on all of them then.
+
+    Raises:
+        ConfigError: Another rank has weights and rank 0 has not, or a weight is quantised.
+    """
+    empty: list[bool] = [has_meta_tensors(model)]
+    if dist.is_initialized():
+        empty = [False] * dist.get_world_size()
+        dist.all_gather_object(empty, has_meta_tensors(model))
+    if len(set(empty)) == 1:
+        return None
+    if empty[0]:
+        raise ConfigError(
+            f"Rank {empty.index(False)} has the model's weights and rank 0 has not: build it with its weights on rank "
+            "0, on every rank, or on none."
+        )
+    taken: dict[str, Tensor] = {}
+    replaced: dict[int, Tensor] = {}
+    for path, module in model.named_modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None or tensor.is_meta:
+                    continue
+                if type(tensor) not in (Tensor, nn.Parameter):
+                    raise ConfigError(f"{path}.{name} is quantised: weights like it must be there on every rank.")
+                if id(tensor) not in replaced:
+                    replaced[id(tensor)] = _empty(tensor, torch.device("meta"))
+                    taken[clean_name(f"{path}.{name}" if path else name)] = tensor.detach()
+                cast(dict[str, Any], table)[name] = replaced[id(tensor)]
+    return taken if dist.get_rank() == 0 else {}
+
+
+def fill_from_rank_zero(
+    model: nn.Module, taken: Mapping[str, Tensor], device: torch.device, buffer_device: torch.device
+) -> None:
+    """Give a sharded model without memory the tensors that rank 0 holds, one whole tensor on the way at a time.
+
+    Raises:
+        ConfigError: On every rank, if rank 0 built another model.
+    """
+    _allocate(model, device, buffer_device)
+    named = [*model.named_parameters(), *model.named_buffers()]
+    targets = {clean_name(name): tensor for name, tensor in named}
+    given: list[Any] = [{name: (tuple(t.shape), t.dtype) for name, t in taken.items()}]
+    dist.broadcast_object_list(given, src=0)
+    mine = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in targets.items()}
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, sorted({*mine.items()} ^ {*given[0].items()}, key=str))
+    for rank, different in enumerate(everywhere):
+        if different:
+            names = list(dict.fromkeys(name for name, _ in different))
+            raise ConfigError(f"The model is built differently on rank 0 and rank {rank}: {', '.join(names[:3])}.")
+    for name, target in targets.items():
+        sent = taken[name].to(buffer_device, copy=True).contiguous() if name in taken else None
+        if sent is None:
+            sent = torch.empty(target.shape, dtype=target.dtype, device=buffer_device)
+        dist.broadcast(sent, src=0)
+        with torch.no_grad():
+            local(target).copy_(local_part(sent, target))
 
 
 def _targets(model: nn.Module) -> dict[str, Tensor]:

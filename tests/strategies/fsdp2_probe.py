@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -405,6 +406,16 @@ def fit_empty(
     return {"gradients": watch.steps, "weights": weights(module), "start": start.weights, "buffers": buffers}
 
 
+class OnRankZero(Language):
+    """Built with its weights on one rank (0 is as it should be) and without memory on the other."""
+
+    def __init__(self, make: Callable[[], nn.Module] = gpt2, rank: int = 0) -> None:
+        super().__init__(nn.Identity)
+        torch.manual_seed(13)
+        with nullcontext() if int(os.environ.get("RANK", "0")) == rank else torch.device("meta"):
+            self.model = make()
+
+
 class Start(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.weights = weights(pl_module)
@@ -482,6 +493,8 @@ def mistakes(out: Path) -> dict[str, Any]:
         "no folder": raised(lambda: fit_empty(out, weights=str(out / "wholly"))),
         "not whole": raised(lambda: fit_empty(out, weights=str(out / "lacking"))),
         "other model": raised(lambda: fit_empty(out, lambda: Language(gpt2), weights=str(out / "whole"))),
+        "rank 1 alone": attempt(lambda: OnRankZero(rank=1)),
+        "another on rank 0": attempt(lambda: OnRankZero([gpt2, llama][int(os.environ["RANK"])])),
         "no reset": raised(lambda: fit_empty(out, Vectors)),
     }
 
@@ -541,6 +554,10 @@ def main(task: str, out: Path) -> None:
         results["life of vectors"] = life(out, FSDP2Strategy, Vectors)
         results["checkpoints"] = checkpoints(out)
         results["materialized"] = materialized(out)
+        results["rank zero"] = {
+            "tied": fit(out, FSDP2Strategy(), OnRankZero),
+            "buffers": fit(out, FSDP2Strategy(cpu_offload=True), lambda: OnRankZero(llama)),
+        }
         results["unlike"] = unlike_ranks(out)
         results["mistakes"] = mistakes(out)
         results["traffic"] = traffic(out)

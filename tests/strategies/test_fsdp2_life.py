@@ -115,6 +115,13 @@ def test_tied_weights_of_a_model_without_memory(ranks: list[dict[str, Any]], fol
         assert_same_gradients(rank["materialized"]["tied"]["gradients"], single["gradients"])
 
 
+@pytest.mark.parametrize(("name", "make"), [("tied", probe.gpt2), ("buffers", probe.llama)])
+def test_weights_of_rank_0(name: str, make: Any, ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    single = probe.fit(tmp_path, "auto", lambda: probe.OnRankZero(make))
+    for rank in ranks:
+        assert_same_gradients(rank["rank zero"][name]["gradients"], single["gradients"])
+
+
 def test_what_no_file_holds_is_initialised(ranks: list[dict[str, Any]], folder: Path) -> None:
     from safetensors.torch import load_file
 
@@ -176,6 +183,8 @@ def test_mistakes_are_said_on_every_rank_before_training(ranks: list[dict[str, A
         assert "neither a safetensors file nor a folder" in found["no folder"]
         assert "is not whole: model-00001-of-" in found["not whole"]
         assert found["other model"].startswith("BaseMismatch: The weights at")
+        assert "Rank 1 has the model's weights and rank 0 has not" in found["rank 1 alone"]
+        assert "differently on rank 0 and rank 1" in found["another on rank 0"]
         assert "Stack has no reset_parameters()" in found["no reset"]
 
 
