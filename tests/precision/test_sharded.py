@@ -66,7 +66,7 @@ def test_gradients_of_every_step_equal_one_process(name: str, mode: str, ranks: 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("method", list(probe.METHODS))
 def test_peqa_and_low_bit_adapters_equal_one_process(method: str, strategy: str, ranks: list[dict[str, Any]]) -> None:
-    module = probe.Recorded("init" if method == "low_bit" else "bare")
+    module = probe.make(method)
     probe.run(module, None, "auto", devices=1, callbacks=probe.METHODS[method]())
     for rank in ranks[:2]:
         got = rank[f"{method} {strategy}"]
@@ -75,9 +75,9 @@ def test_peqa_and_low_bit_adapters_equal_one_process(method: str, strategy: str,
             assert mine.keys() == other.keys()
             assert len(mine) == (28 if method == "low_bit" else 14)
             for name, grad in other.items():
-                # the gradient of a scale sums as many products as the matrix has columns, times integers
-                size = max(1.0, float(grad.abs().max()))
-                torch.testing.assert_close(mine[name], grad, rtol=0, atol=3e-6 * size)
+                # the gradient of a scale is a sum of products with integers up to 15, which cancel in part
+                size = (4.0 if method == "peqa" else 1.0) * max(1.0, float(grad.abs().max()))
+                torch.testing.assert_close(mine[name], grad, rtol=0, atol=1e-6 * size)
 
 
 @pytest.mark.parametrize("sharded_files", [True, False])
