@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_peft.core.blocks import Structure
@@ -72,7 +73,8 @@ def check_checkpointing(structure: Structure, planned: Collection[str], lasting:
     """Check that reentrant activation checkpointing does not cut active blocks off from the loss.
 
     Reentrant checkpointing gives a block no gradient at all unless one of its inputs needs one, which is so only if
-    something before the first block trains.
+    something before the first block trains, or if the embeddings' output is made to require one. For the other kind of
+    checkpointing the latter is a waste, which is said.
 
     Args:
         structure: The model.
@@ -86,18 +88,28 @@ def check_checkpointing(structure: Structure, planned: Collection[str], lasting:
         return
     if not any(name in planned for name in structure.roles["blocks"]):
         return
+    functions = {
+        path: function
+        for path, module in structure.modules.items()
+        if getattr(module, "gradient_checkpointing", False)
+        and isinstance(function := getattr(module, "_gradient_checkpointing_func", None), functools.partial)
+    }
+    reentrant = [path for path, function in functions.items() if function.keywords.get("use_reentrant")]
     if any(getattr(module, "_require_grads_hook", None) is not None for module in structure.modules.values()):
-        return
-    for path, module in structure.modules.items():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if not getattr(module, "gradient_checkpointing", False) or not isinstance(function, functools.partial):
-            continue
-        if function.keywords.get("use_reentrant"):
-            raise ConfigError(
-                f"{path or 'the model'} uses reentrant activation checkpointing while the embeddings are frozen, "
-                "all or some of the time: the active blocks would get no gradient. Use gradient_checkpointing_enable("
-                "gradient_checkpointing_kwargs={'use_reentrant': False}), or train the embeddings all the time too."
+        if functions and not reentrant:
+            rank_zero_info(
+                "Activation checkpointing made the embeddings' output require a gradient (enable_input_require_grads) "
+                "so that every step recomputes and goes back through all blocks. The non-reentrant kind that is in use "
+                "does not need it: call disable_input_require_grads() on the model after switching checkpointing on, "
+                "and steps end at the lowest block that trains."
             )
+        return
+    if reentrant:
+        raise ConfigError(
+            f"{reentrant[0] or 'the model'} uses reentrant activation checkpointing while the embeddings are frozen, "
+            "all or some of the time: the active blocks would get no gradient. Use gradient_checkpointing_enable("
+            "gradient_checkpointing_kwargs={'use_reentrant': False}), or train the embeddings all the time too."
+        )
 
 
 def check_flags(parameters: Mapping[str, nn.Parameter], planned: Collection[str]) -> None:

@@ -218,6 +218,18 @@ def test_gradients_are_those_without_checkpointing(row: str, tmp_path: Path) -> 
                 torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize(("use_reentrant", "hooked", "told"), [(False, True, True), (False, False, False)])
+def test_a_needless_full_backward_pass_is_told(
+    use_reentrant: bool, hooked: bool, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        gradients_of(tmp_path, User(use_reentrant, hooked), Telly(2))
+    assert ("call disable_input_require_grads() on the model" in caplog.text) == told
+    caplog.clear()
+    gradients_of(tmp_path, User(use_reentrant, hooked), LISA(1, period_steps=2))  # goes back to the embeddings anyway
+    assert "disable_input_require_grads" not in caplog.text
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_a_head_alone_needs_no_blocks(tmp_path: Path) -> None:
     """Nothing in the blocks trains, so that nothing is starved."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lightning_peft.methods.phase_draft import draft_schedule
 from lightning_peft.methods.phase_names import resolve_entry, resolve_phases
 from lightning_peft.methods.phases import parse_schedule
 from tests.contract.harness import TinyModule, assert_same_weights, loader, trainer, weights
+from tests.models.test_examples import run as run_example
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning")
 BASE = {0: {"params": ["head"], "max_steps": 2}, 1: {"params": ["blocks"]}}
@@ -778,6 +780,17 @@ def test_generate_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["schedule", "--help"]) == 0
     with pytest.raises(LightningPeftError, match="Did you mean 'pairs'"):
         draft_schedule(Many(), "pair")  # pyright: ignore
+
+
+def test_example_learns_the_digits_phase_by_phase(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    out = run_example("schedule.py", cwd=tmp_path)
+    assert re.findall(r"phase (\d) from step \d+: \d+ tensors in (.*)", out) == [
+        ("0", "head"),
+        ("1", "blocks, head"),
+        ("2", "blocks, stem"),
+    ]
+    assert float(re.findall(r"val accuracy: ([\d.]+)", out)[0]) > 0.93
 
 
 def test_a_generated_schedule_is_edited_and_fitted_on_the_command_line(tmp_path: Path) -> None:
