@@ -483,7 +483,13 @@ def mistakes(out: Path) -> dict[str, Any]:
             if os.environ["RANK"] == "1":
                 self.more = nn.Linear(2, 2)
 
+    class Dtypes(Vectors):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model.blocks[1].linear.to(torch.bfloat16)
+
     return {
+        "dtypes": attempt(Dtypes),
         "tensor": attempt(tensor_parallel_size=3),
         "data": attempt(data_parallel_size=3),
         "replicas": attempt(num_replicas=3),

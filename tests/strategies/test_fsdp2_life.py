@@ -174,6 +174,7 @@ def test_adapters(name: str, quantised: bool, ranks: list[dict[str, Any]], tmp_p
 def test_mistakes_are_said_on_every_rank_before_training(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         found = rank["mistakes"]
+        assert "of bfloat16 and float32 lie in one FSDP2 group (model.blocks.1)" in found["dtypes"]
         assert "2 processes cannot be laid out with tensor_parallel_size=3" in found["tensor"]
         assert "data_parallel_size=3" in found["data"]
         assert "num_replicas=3 does not divide the 2" in found["replicas"]
