@@ -47,7 +47,8 @@ def draft_schedule(root: nn.Module, form: DraftForm = "blocks", title: str | Non
     """Return YAML text of a schedule that thaws the whole model from the head down.
 
     Args:
-        root: The LightningModule (names in a schedule start there), built.
+        root: The LightningModule (names in a schedule start there), built. If it names a ``main_metric``, as this
+            package's models do, the phases wait for a plateau of its validation value.
         form: ``"blocks"``: one block per phase; ``"pairs"``: two tensors per phase, in reverse order of registration,
             the implicit schedule of finetuning-scheduler, whose format this is.
         title: What the first line calls the model. Default: the class.
@@ -82,12 +83,16 @@ def draft_schedule(root: nn.Module, form: DraftForm = "blocks", title: str | Non
             patience="`patience`",
         )
     ]
+    metric = getattr(root, "main_metric", None)
     for number, (label, members, entries) in enumerate(phases):
         count = f"{len(members)} tensor{'s' if len(members) != 1 else ''}"
         comment = f"{label}: {count}" if label else count
         lines.append(f"{number}: # {comment}, {sum(parameters[name].numel() for name in members):,} parameters")
         lines.append("  params:")
         lines += [f"  - {_quoted(entry)}" for entry in entries]
+        if isinstance(metric, str) and number < len(phases) - 1:
+            lines.append(f"  monitor: val/{metric} # val/NAME/{metric} if the data name their validation sets")
+            lines += [] if "loss" in metric else ["  mode: max"]
     return "\n".join(lines) + "\n"
 
 

@@ -782,6 +782,27 @@ def test_generate_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         draft_schedule(Many(), "pair")  # pyright: ignore
 
 
+@pytest.mark.parametrize("mode", ["loss", "accuracy"])
+def test_a_draft_for_a_model_with_a_main_metric_runs_as_it_is(mode: str, tmp_path: Path) -> None:
+    """A phase waits for the metric that the model logs; a value that never improves ends it after three more looks."""
+
+    class Measured(TinyModule):
+        main_metric = mode
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log(f"val/{mode}", 1.0)
+
+    path = tmp_path / "schedule.yaml"
+    path.write_text(draft_schedule(Measured("gqa_decoder")))
+    method = FinetuningSchedule(str(path))
+    plateaus = [phase.plateau for phase in method.phases[:-1]]
+    assert {(p.monitor, p.mode) for p in plateaus if p} == {(f"val/{mode}", "min" if mode == "loss" else "max")}
+    assert method.phases[-1].plateau is None
+    run = trainer(tmp_path, [method], max_epochs=6)
+    run.fit(Measured("gqa_decoder"), loader("gqa_decoder"), loader("gqa_decoder", shuffle=False))
+    assert steps_of(method) == [0, 24]
+
+
 def test_example_learns_the_digits_phase_by_phase(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     out = run_example("schedule.py", cwd=tmp_path)
