@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import peft
 import pytest
 import torch
 from hypothesis import given
@@ -356,6 +357,52 @@ def test_exactly_so_many_layers_train_and_the_base_never(kind: str, fraction: fl
     assert moved == {name for name in adapters if block_of(name) in set().union(*active)}
     assert bool(method.importance.any())
     assert list(method.describe()["importance"].values()) == method.importance.tolist()
+
+
+PAIR = {"target_modules": ["q_proj", "o_proj"]}
+INJECTED: dict[str, Any] = {
+    "adalora": lambda: peft.AdaLoraConfig(init_r=2, target_r=1, total_step=100, **PAIR),
+    "boft": lambda: peft.BOFTConfig(boft_block_size=4, **PAIR),
+    "c3a": lambda: peft.C3AConfig(block_size=4, **PAIR),
+    "fourierft": lambda: peft.FourierFTConfig(n_frequency=8, **PAIR),
+    "hra": lambda: peft.HRAConfig(r=2, **PAIR),
+    "ln_tuning": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"]),
+    "loha": lambda: peft.LoHaConfig(r=2, **PAIR),
+    "lokr": lambda: peft.LoKrConfig(r=2, **PAIR),
+    "oft": lambda: peft.OFTConfig(r=0, oft_block_size=4, **PAIR),
+    "randlora": lambda: peft.RandLoraConfig(r=2, **PAIR),
+    "road": lambda: peft.RoadConfig(group_size=2, **PAIR),
+    "shira": lambda: peft.ShiraConfig(r=2, **PAIR),
+    "vera": lambda: peft.VeraConfig(r=2, **PAIR),
+}
+
+
+class OtherAdapters(TinyModule):
+    def __init__(self, kind: str) -> None:
+        super().__init__("gqa_decoder")
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.model: Any = peft.get_peft_model(gqa_decoder(), INJECTED[kind]())
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:  # most kinds start at an adapter that does nothing
+                    parameter.data.add_(0.02 * torch.randn_like(parameter))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning", "ignore::UserWarning:peft")
+@pytest.mark.parametrize("kind", INJECTED)
+def test_adapters_of_every_kind_are_scored_and_trained(kind: str, tmp_path: Path) -> None:
+    module, method = OtherAdapters(kind), IST(0.5, score_period_steps=1)
+    adapters = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    probe = Probe([method])
+    run = trainer(tmp_path, [method, probe], max_epochs=1)
+    run.fit(module, loader("gqa_decoder"), loader("gqa_decoder", shuffle=False))
+    assert len(method.units) == NUM_LAYERS
+    assert bool(method.importance.any()), "damping does something"
+    for step in probe.steps:
+        assert step.planned == step.requires_grad == step.moved
+        blocks = {block_of(name) for name in step.moved}
+        assert len(blocks) == NUM_LAYERS // 2
+        assert step.moved == {name for name in adapters if block_of(name) in blocks}
 
 
 class CountPasses(TinyModule):
