@@ -345,6 +345,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             super().model_to_device()
             return
         for module in self.model.modules():
+            if not any(True for _ in module.parameters()):
+                module.to(self.root_device)  # metrics, whose states are no buffers
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self.root_device)
@@ -359,6 +361,12 @@ class FSDP2Strategy(ModelParallelStrategy):
             return
         with no_gradient_sync(self.model):
             yield
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Step, and free what is gathered: it holds the weights before the step."""
+        result = super().optimizer_step(*args, **kwargs)
+        self._free()
+        return result
 
     def on_validation_end(self) -> None:
         """Free the root's group, which a pass without gradients leaves gathered."""

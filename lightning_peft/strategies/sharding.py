@@ -173,12 +173,17 @@ def gather_root_on_demand(root: nn.Module) -> None:
     own = {id(parameter) for group in param_groups(root) for parameter in (p.sharded_param for p in group.fsdp_params)}
 
     def gather(module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # a compiled part is looked after where it is entered, below
         if not all(group.is_unsharded for group in param_groups(root)):
             root.unshard()
 
-    for module in root.modules():
-        direct = [p for p in module._parameters.values() if p is not None]
-        if module is not root and any(id(parameter) in own for parameter in direct):
+    def owns(module: nn.Module) -> bool:
+        return any(id(parameter) in own for parameter in module._parameters.values() if parameter is not None)
+
+    entered = [part for part in root.children() if any(map(owns, part.modules()))]
+    for module in dict.fromkeys([*entered, *filter(owns, root.modules())]):
+        if module is not root:
             module.register_forward_pre_hook(gather, prepend=True)
 
 

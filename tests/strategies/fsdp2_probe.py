@@ -140,8 +140,8 @@ class TwoPasses(Vectors):
 class Manual(Vectors):
     """Two optimizers, two forward passes and a clipping of its own."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, make: Callable[[], nn.Module] = Stack) -> None:
+        super().__init__(make)
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -162,6 +162,28 @@ class Manual(Vectors):
         head = list(self.model.head.parameters())
         body = [p for p in self.parameters() if not any(p is q for q in head)]
         return [torch.optim.AdamW(body, lr=0.01), torch.optim.SGD(head, lr=0.1, momentum=0.9)]
+
+
+class Outside(Vectors):
+    """Goes through the model and parts of it outside a step, before and after the optimizer's."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        with torch.no_grad():
+            self.model(torch.ones(1, WIDTH))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        with torch.no_grad():
+            hidden = self.model.blocks[0](batch[0])
+            self.sums = [*getattr(self, "sums", []), self.model.head(hidden).sum() + self.model(batch[0]).sum()]
+
+    def on_train_end(self) -> None:
+        sums = torch.stack(self.sums)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        assert torch.isfinite(sums).all()
+        self.seen.append(sums)
+
+    seen: list[torch.Tensor] = []  # noqa: RUF012
 
 
 class Sharded(Vectors):
@@ -274,7 +296,8 @@ def fit(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run.fit(module, loader(module), loader(module), ckpt_path=ckpt)
-    return {"gradients": watch.steps, "weights": weights(module), "groups": watch.groups}
+    found = {"gradients": watch.steps, "weights": weights(module), "groups": watch.groups}
+    return {**found, "outside": module.seen.pop()} if isinstance(module, Outside) else found
 
 
 def raised(call: Callable[[], Any]) -> str:
@@ -319,6 +342,8 @@ CASES: dict[str, Case] = {
     "compiled blocks": Case(lambda: Vectors(compiled_blocks)),
     "two passes": Case(TwoPasses),
     "manual": Case(Manual),
+    "outside a step": Case(Outside),
+    "manual, compiled": Case(lambda: Manual(compiled)),
     "sharded by the user": Case(Sharded),
     "checkpointing": Case(Language, strategy={"activation_checkpointing": True}),
     "plain checkpointing": Case(Vectors, strategy={"activation_checkpointing": True}),

@@ -46,6 +46,8 @@ def test_gradients_equal_one_process_on_the_joined_batch(
                 torch.testing.assert_close(
                     ours[key], theirs[key], rtol=tolerance, atol=tolerance, msg=f"step {step}, {key}: ".__add__
                 )
+        if "outside" in single:
+            torch.testing.assert_close(found["outside"], single["outside"], rtol=1e-5, atol=1e-5)
         tolerance = 1e-5 if name not in (*LOWER_PRECISION, "bf16 by policy") else 0.05
         torch.testing.assert_close(found["weights"], single["weights"], rtol=tolerance, atol=tolerance)
     for key, weight in ranks[0][name]["weights"].items():
