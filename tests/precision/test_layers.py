@@ -190,11 +190,16 @@ def test_scope_and_skip_choose_layers() -> None:
     assert len(paths(model)) == 15
 
 
-def test_tied_head_is_never_quantised() -> None:
+def test_tied_weights_are_never_quantised() -> None:
     model = tiny_llama()
     model.lm_head.weight = model.model.embed_tokens.weight
+    first, second = model.model.layers[0].mlp, model.model.layers[1].mlp
+    second.up_proj.weight = first.up_proj.weight
     quantize(model, skip=())
     assert "lm_head" not in paths(model)
+    assert not [path for path in paths(model) if path.endswith("up_proj")]
+    assert first.up_proj.weight is second.up_proj.weight
+    assert len(paths(model)) == 12
 
 
 @pytest.mark.parametrize(
@@ -287,6 +292,18 @@ def test_injecting_before_or_after_quantising_is_the_same(mode: str) -> None:
     assert len(grads) == 28
     assert grads.keys() == other_grads.keys()
     assert all(torch.equal(grads[name], other_grads[name]) for name in grads)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_peft_puts_its_quantised_layers_over_a_quantised_base(mode: str) -> None:
+    from peft.tuners.lora import bnb as peft_bnb
+
+    model = tiny_llama()
+    quantize(model, mode)
+    add_lora(model)
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    assert len(layers) == 14
+    assert {type(layer) for layer in layers} == {peft_bnb.Linear8bitLt if mode == "int8" else peft_bnb.Linear4bit}
 
 
 def test_dora_and_ia3_over_a_quantised_base() -> None:
