@@ -9,7 +9,7 @@ import pytest
 
 from lightning_peft.cli.methods import method_card, method_classes
 
-METHODS = method_classes()
+METHODS = {n: cls for n, cls in method_classes().items() if cls.__module__.startswith("lightning_peft.methods.")}
 COST = re.compile(r"FLOPs|memory|bytes|optimizer state|forward pass|costs?\b", re.IGNORECASE)
 
 
