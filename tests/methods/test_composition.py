@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from lightning_peft import HFT, LISA, GradualUnfreezing, RandomTuning
+from lightning_peft import HFT, LISA, GradualUnfreezing, LoRA, RandomTuning
 from lightning_peft.errors import PlanConflict, ScopeError
 from lightning_peft.methods.base import MethodCallback
 from tests.contract.harness import NUM_LAYERS, Probe, TinyModule, assert_same_weights, loader, trainer, weights
@@ -47,9 +47,11 @@ def three_methods() -> list[MethodCallback]:
     ]
 
 
-def fit(tmp_path: Path, methods: list[MethodCallback], *callbacks: pl.Callback, ckpt: Path | None = None) -> Any:
+def fit(
+    tmp_path: Path, methods: list[MethodCallback], *callbacks: pl.Callback, ckpt: Path | None = None, module: Any = None
+) -> Any:
     torch.manual_seed(5 if ckpt is None else 77)
-    module = Adapted()
+    module = (module or Adapted)()
     run = trainer(tmp_path, [*methods, *callbacks])
     run.fit(module, loader("gqa_decoder"), loader("gqa_decoder", shuffle=False), ckpt_path=ckpt)
     return module, run
@@ -109,6 +111,45 @@ def test_resume_is_exact(make: Any, tmp_path: Path) -> None:
             assert all(torch.equal(value, found[index][key]) for key, value in state.items())
 
 
+class Plain(TinyModule):
+    def __init__(self) -> None:
+        super().__init__("gqa_decoder")
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            model: Any = self.model
+            model.lm_head = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8), nn.Linear(8, 19))
+
+
+def lora_callback() -> list[MethodCallback]:
+    # The callback freezes the base: patterns, unlike roles, thaw what is in it.
+    return [
+        LoRA(rank=2, layers=["*.q_proj", "*.v_proj"]),
+        LISA(1, period_steps=2, scope=["*.layers.*", "!adapters"], always=[]),
+        GradualUnfreezing(period_steps=3, scope="*.lm_head.*", lr_decay=2.0),
+    ]
+
+
+def test_the_lora_callback_trains_beside_rotating_blocks_and_a_thawing_head(tmp_path: Path) -> None:
+    methods, saver = lora_callback(), SaveEveryBatch(tmp_path)
+    probe = Probe(methods)
+    module, _ = fit(tmp_path, methods, saver, probe, module=Plain)
+    adapters = {name for name, _ in module.named_parameters() if "lora_" in name}
+    assert len(adapters) == NUM_LAYERS * 2 * 2
+    assert len(probe.steps) == 12
+    for number, step in enumerate(probe.steps):
+        assert step.planned == step.requires_grad == step.with_gradient == step.moved
+        assert adapters <= step.moved
+        base = {name.split("layers.")[1][0] for name in step.moved - adapters if "layers." in name}
+        assert len(base) == 1
+        head = {int(name.split("lm_head.")[1][0]) for name in step.moved if "lm_head." in name}
+        assert head == {3, 2, 0} - (set() if number >= 6 else {0} if number >= 3 else {0, 2})
+    for path in saver.paths[4::9]:
+        again = lora_callback()
+        resumed, _ = fit(tmp_path, again, ckpt=path, module=Plain)
+        assert_same_weights(weights(resumed), weights(module))
+        assert [method.history for method in again] == [method.history for method in methods]
+
+
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
@@ -121,7 +162,11 @@ def test_resume_is_exact(make: Any, tmp_path: Path) -> None:
             r"LISA\(.*\) and GradualUnfreezing\(scope='head'\) both claim model.lm_head.0",
         ),
         (
-            lambda: [LISA(1, scope="*.[01].*", always=[]), HFT(scope="*.[12].*"), GradualUnfreezing(scope="*.[23].*")],
+            lambda: [
+                LISA(1, scope="*.layers.[01].*", always=[]),
+                HFT(scope="*.layers.[12].*"),
+                GradualUnfreezing(scope="*.layers.[23].*"),
+            ],
             r"LISA\(.*\) and HFT\(.*both claim .*layers.1.*; HFT\(.*\) and GradualUnfreezing\(.*both claim .*layers.2",
         ),
     ],
