@@ -1,6 +1,6 @@
 """LoRA-SB: LoRA-XS between the singular vectors of the first step that full fine-tuning would take.
 
-``h = W x + B R A x`` where only R (r by r) trains. With the gradient G of the loss, summed over some batches, the
+``h = W x + B R A x`` where only R (r by r) trains. With the gradient G of the loss, averaged over some batches, the
 first step of full fine-tuning is about ``D = -learning_rate · sign(G)`` (Adam) or ``-learning_rate · G`` (SGD). Its
 truncated decomposition D = U S V^T gives B = U_r, R = diag(S_r), A = V_r^T: training starts one step ahead of the base
 model, with the best rank r approximation of that step, and orthonormal factors make a step of R the projection of a
@@ -47,8 +47,8 @@ class LoRASBConfig(ThreeFactorConfig):
 
     Paper: Ponkshe et al. 2024, arXiv:2411.19557, algorithm 1.
 
-    Differs from the paper: gradients are summed over batches as they come, each with the mean loss of its batch,
-    instead of over single samples.
+    Differs from the paper: gradients are averaged over batches as they come, each with the mean loss of its batch,
+    instead of summed over single samples.
     """
 
     learning_rate: float = field(default=1e-4)
@@ -229,7 +229,7 @@ def _gradients(
     unused = [path for path in layers if path not in total]
     if unused:
         raise ConfigError(f"The loss does not depend on {len(unused)} adapted layer(s), {unused[0]} for one.")
-    return {path: mean_over_ranks(total[path]) for path in layers}
+    return {path: mean_over_ranks(total[path] / count) for path in layers}
 
 
 @torch.no_grad()

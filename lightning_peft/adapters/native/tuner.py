@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.adapters.config import peft_methods
 from lightning_peft.core.draw import draw_generator
 from lightning_peft.core.quantized import is_quantized
 from lightning_peft.errors import ConfigError, suggest
@@ -63,6 +64,7 @@ def register(name: str, config_cls: type[NativeConfig], tuner_cls: type[NativeTu
         PeftType._value2member_map_[kind] = member
         type.__setattr__(PeftType, kind, member)
     register_peft_method(name=name, config_cls=config_cls, model_cls=tuner_cls)
+    peft_methods.cache_clear()
 
 
 @dataclass
