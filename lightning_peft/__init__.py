@@ -42,6 +42,19 @@ _PUBLIC: dict[str, str] = {
     "consolidate_checkpoint": "lightning_peft.strategies.consolidate",
     # searches for what should train
     "SubsetSearch": "lightning_peft.search.subset_search",
+    # adapters
+    "Adapter": "lightning_peft.adapters.adapter",
+    "AdaLoRA": "lightning_peft.adapters.presets",
+    "DoRA": "lightning_peft.adapters.presets",
+    "IA3": "lightning_peft.adapters.presets",
+    "LoRA": "lightning_peft.adapters.presets",
+    "MiSS": "lightning_peft.adapters.presets",
+    "OFT": "lightning_peft.adapters.presets",
+    "PiSSA": "lightning_peft.adapters.presets",
+    "PrefixTuning": "lightning_peft.adapters.presets",
+    "PromptTuning": "lightning_peft.adapters.presets",
+    "VeRA": "lightning_peft.adapters.presets",
+    "load_from_checkpoint": "lightning_peft.adapters.files",
     # reports
     "TrainableTable": "lightning_peft.report.table",
     "TrainingLedger": "lightning_peft.report.ledger_plot",
@@ -63,6 +76,20 @@ __all__ = ["__version__", "errors", *_PUBLIC]  # pyright: ignore[reportUnsupport
 
 if TYPE_CHECKING:
     from lightning_peft import errors
+    from lightning_peft.adapters.adapter import Adapter
+    from lightning_peft.adapters.files import load_from_checkpoint
+    from lightning_peft.adapters.presets import (
+        IA3,
+        OFT,
+        AdaLoRA,
+        DoRA,
+        LoRA,
+        MiSS,
+        PiSSA,
+        PrefixTuning,
+        PromptTuning,
+        VeRA,
+    )
     from lightning_peft.data.chat_messages import ChatMessages
     from lightning_peft.data.code_search import PythonCodeSearch
     from lightning_peft.data.labelled_text import LabelledText

@@ -47,6 +47,12 @@ class MethodCallback(Callback):
     came with are put back when it ends.
     """
 
+    yields = False
+    """Whether the method leaves what is in its scope to other methods of the run that have it in theirs."""
+
+    taken: frozenset[str] = frozenset()
+    """For a method that yields: names that the others may train."""
+
     def __init__(
         self,
         *,

@@ -34,7 +34,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_peft.core.blocks import Structure, find_structure
 from lightning_peft.core.clock import OptimizerStepClock
 from lightning_peft.core.names import named_parameters
-from lightning_peft.core.plan import check_disjoint, fingerprint_names
+from lightning_peft.core.plan import Claim, check_disjoint, fingerprint_names
 from lightning_peft.core.rng import get_rng_state, set_rng_state
 from lightning_peft.core.trainable import (
     FrozenNormStatistics,
@@ -129,7 +129,7 @@ class Engine:
         with self._guard.whole_parameters():
             structure = find_structure(self._trainer.lightning_module)
             self._user_flags = {name: p.requires_grad for name, p in structure.parameters.items()}
-            check_disjoint([method.bind(structure, self._user_flags) for method in self.methods])
+            check_disjoint(self._bind(structure))
         for method in self.methods:
             self._check_can_shard(method)
         self._structure, self._in_force = structure, True
@@ -137,6 +137,30 @@ class Engine:
         lasting = frozenset().union(*(method.lasting() for method in self.methods))
         check_checkpointing(structure, self._registered, lasting)
         set_flags(structure.parameters, {name: name in self._registered for name in structure.parameters})
+
+    def _bind(self, structure: Structure) -> list[Claim]:
+        """Resolve all scopes; a method that yields is asked after the others, and told what they have taken."""
+        claims, taken = [], frozenset()
+        for method in sorted(self.methods, key=lambda method: method.yields):
+            method.taken = taken if method.yields else frozenset()
+            claims.append(method.bind(structure, self._user_flags))
+            taken |= method.selectable
+        return claims
+
+    @property
+    def structure(self) -> Structure | None:
+        """The model of the present or last fit."""
+        return self._structure
+
+    @property
+    def registered(self) -> frozenset[str] | None:
+        """Names that may train at some time of the present or last fit; None before the first."""
+        return getattr(self, "_registered", None)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done, of the optimizer that has done most."""
+        return max(self._clock.counts, default=0)
 
     def _check_can_shard(self, method: MethodCallback) -> None:
         strategy = type(self._trainer.strategy).__name__

@@ -1,0 +1,1 @@
+"""Injected adapters: every method of Hugging Face ``peft`` on any LightningModule."""

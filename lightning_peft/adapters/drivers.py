@@ -1,0 +1,123 @@
+"""What some ``peft`` methods need from the training loop beside gradients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+__all__ = ["AdaLoRADriver", "Driver", "LossDriver", "driver_for"]
+
+
+class Driver:
+    """Nothing to do beside the optimizer's steps.
+
+    Args:
+        handle: ``peft``'s model.
+        adapter_name: The adapter that is driven.
+    """
+
+    adds_loss = False
+    """Whether :meth:`loss` adds anything."""
+
+    sees_whole_parameters = False
+    """Whether the driver reads whole weights and gradients."""
+
+    def __init__(self, handle: PeftModel, adapter_name: str) -> None:
+        self.handle: Any = handle
+        self.adapter_name = adapter_name
+
+    def loss(self) -> Tensor | None:
+        """Return what is added to the training loss of each micro-batch."""
+        return None
+
+    def stepped(self, step: int) -> None:
+        """Called after optimizer step number ``step``, counted from 0, while gradients are there."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain state for the checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+
+
+class LossDriver(Driver):
+    """Methods whose regulariser ``peft`` computes and leaves to the loop to add (KaSA, MonteCLoRA)."""
+
+    adds_loss = True
+
+    def __init__(self, handle: PeftModel, adapter_name: str, function: str) -> None:
+        super().__init__(handle, adapter_name)
+        self._function = function
+
+    def loss(self) -> Tensor | None:
+        """Return ``peft``'s own value."""
+        return getattr(self.handle.base_model, self._function)()
+
+
+class AdaLoRADriver(Driver):
+    """Allocate AdaLoRA's ranks after each optimizer step, and keep its factors near orthogonal.
+
+    Q. Zhang et al.: AdaLoRA, ICLR 2023, arXiv:2303.10512, Algorithm 1 and equation 4. ``peft`` adds the regulariser
+    where its own ``forward`` is called and returns an output with a ``loss``; here it is added to any module's loss.
+    """
+
+    sees_whole_parameters = True
+    _FIELDS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+    @property
+    def _config(self) -> Any:
+        return self.handle.peft_config[self.adapter_name]
+
+    @property
+    def adds_loss(self) -> bool:  # type: ignore[override]
+        """Whether the regulariser has a weight and is not added by ``peft`` already."""
+        return self._config.orth_reg_weight > 0
+
+    def loss(self) -> Tensor | None:
+        """Mean over all factors of the Frobenius norm of ``P P^T - 1``, times ``orth_reg_weight``."""
+        terms = []
+        for name, factor in self.handle.get_base_model().named_parameters():
+            if self.adapter_name in name and ("lora_A" in name or "lora_B" in name):
+                product = factor @ factor.T if "lora_A" in name else factor.T @ factor
+                unit = torch.eye(len(product), dtype=product.dtype, device=product.device)
+                terms.append(torch.linalg.norm(product - unit))
+        return self._config.orth_reg_weight * torch.stack(terms).mean()
+
+    def stepped(self, step: int) -> None:
+        """Update importances and masks."""
+        self.handle.base_model.update_and_allocate(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Importances, and which ranks are left."""
+        allocator = self.handle.base_model.rankallocator
+        moments = {
+            field: {n: t.detach().clone() for n, t in getattr(allocator, field).items()} for field in self._FIELDS
+        }
+        return {**moments, "rank_pattern": self._config.rank_pattern}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore them on the devices of the parameters."""
+        allocator = self.handle.base_model.rankallocator
+        parameters = dict(self.handle.base_model.model.named_parameters())
+        for field in self._FIELDS:
+            setattr(allocator, field, {n: t.to(parameters[n].device, copy=True) for n, t in state[field].items()})
+        self._config.rank_pattern = state["rank_pattern"]
+
+
+def driver_for(handle: PeftModel, adapter_name: str) -> Driver:
+    """Return what drives an adapter."""
+    config: Any = handle.peft_config[adapter_name]
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind == "ADALORA":
+        return AdaLoRADriver(handle, adapter_name)
+    if getattr(config, "kasa_config", None):
+        return LossDriver(handle, adapter_name, "_get_kasa_loss")
+    if getattr(config, "monteclora_config", None):
+        return LossDriver(handle, adapter_name, "_get_monteclora_loss")
+    return Driver(handle, adapter_name)

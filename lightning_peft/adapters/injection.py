@@ -1,0 +1,224 @@
+"""Put adapters into the model of a LightningModule, once.
+
+``peft.get_peft_model`` changes the layers of the target in place; the object that it returns is kept beside the
+module tree, so that the user's module goes on calling its own model, under its own parameter names. Prompt methods
+work by another ``forward`` and do take the model's place.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lightning_peft.adapters.config import plain_config
+from lightning_peft.core.blocks import find_structure
+from lightning_peft.core.names import named_parameters
+from lightning_peft.core.scope import match_names
+from lightning_peft.errors import ConfigError, ScopeError, suggest
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+__all__ = ["Injected", "inject", "injected", "layer_paths"]
+
+_MARK = "_lightning_peft_adapters"
+_IN_PLACE_OF_THE_MODEL = ("ADAPTION_PROMPT", "SHADOW", "XLORA")
+_DATA_DRIVEN = {"eva": "EVA", "corda": "CorDA", "lora_ga": "LoRA-GA", "loftq": "LoftQ"}
+
+
+@dataclass
+class Injected:
+    """One adapter of a model.
+
+    Args:
+        target: Path of the submodule it was put into.
+        adapter_name: As ``peft`` calls it.
+        asked: The configuration that was asked for, as plain values.
+        seed: Of the initial values.
+        handle: ``peft``'s model over the target.
+        names: Clean names, from the LightningModule, of the parameters that the adapter trains.
+    """
+
+    target: str
+    adapter_name: str
+    asked: dict[str, Any]
+    seed: int
+    handle: PeftModel = field(repr=False)
+    names: frozenset[str] = field(repr=False, default=frozenset())
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration as it came out of the injection (ranks, targets), as plain values."""
+        return plain_config(self.handle.peft_config[self.adapter_name])
+
+    def is_in(self, root: nn.Module) -> bool:
+        """Whether ``root`` still has the model that the adapter was put into."""
+        try:
+            present = root.get_submodule(self.target)
+        except AttributeError:
+            return False
+        return present is self.handle or present is self.handle.get_base_model()
+
+
+def injected(root: nn.Module) -> dict[tuple[str, str], Injected]:
+    """Return the adapters that :func:`inject` has put into ``root``: (target, adapter name) -> adapter."""
+    found: dict[tuple[str, str], Injected] = root.__dict__.get(_MARK, {})
+    return {key: adapter for key, adapter in found.items() if adapter.is_in(root)}
+
+
+def inject(
+    root: nn.Module,
+    config: PeftConfig,
+    *,
+    target: str = "model",
+    adapter_name: str = "default",
+    layers: str | Sequence[str] | None = None,
+    seed: int = 0,
+) -> Injected:
+    """Put an adapter into ``root.<target>``; if it is there already, return it.
+
+    Everything below the target but the adapters of this call and of earlier ones, and ``modules_to_save``, is frozen.
+    The global random state is not used.
+
+    Args:
+        root: The LightningModule.
+        config: The method; it is copied.
+        target: Path of the submodule.
+        adapter_name: Name of the adapter; several of one kind may be put into one target, and all are active.
+        layers: Which layers get an adapter, as a scope of ``root``. None leaves it to ``config.target_modules``, or
+            to what ``peft`` knows of the architecture.
+        seed: Of the initial values; the same on all ranks.
+
+    Raises:
+        ConfigError: If there is another adapter of this name, or ``peft`` refuses, with its reason.
+        ScopeError: If ``target`` or ``layers`` names nothing.
+    """
+    asked = {**plain_config(config), "layers": layers if layers is None or isinstance(layers, str) else list(layers)}
+    present = injected(root)
+    found = present.get((target, adapter_name))
+    if found is not None:
+        if found.asked != asked:
+            changed = sorted(k for k in {*asked, *found.asked} if asked.get(k) != found.asked.get(k))
+            raise ConfigError(
+                f"{target!r} has an adapter {adapter_name!r} of other settings ({', '.join(changed)}). Give this one "
+                "another adapter_name, or build the model anew."
+            )
+        return found
+    base = _submodule(root, target)
+    config = copy.deepcopy(config)
+    init = getattr(config, "init_lora_weights", None)
+    if str(init).lower() in _DATA_DRIVEN:
+        raise ConfigError(
+            f"init_lora_weights={init!r} ({_DATA_DRIVEN[str(init).lower()]}) needs a pass over data before training, "
+            "which Adapter does not drive. Use True, 'gaussian', 'orthogonal', 'olora', 'pissa' or 'pissa_niter_16'."
+        )
+    if layers is not None:
+        config.target_modules = "|".join(re.escape(path) for path in layer_paths(root, layers, target))  # type: ignore
+    siblings = [adapter for (path, _), adapter in present.items() if path == target]
+    flags = {name: p.requires_grad for name, p in named_parameters(root).items()}
+    mesh = root.__dict__.pop("_device_mesh", None)  # peft takes Lightning's for one of transformers
+    try:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # peft asks transformers by an old name
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            warnings.filterwarnings("ignore", ".*rank_pattern keys", RuntimeWarning)  # AdaLoRA's are of another kind
+            torch.manual_seed(seed)
+            handle = _apply(base, config, adapter_name, siblings)
+    except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError) as error:
+        raise ConfigError(f"peft cannot put {config.peft_type} into {target!r}: {_reason(error)}") from error
+    finally:
+        if mesh is not None:
+            root.__dict__["_device_mesh"] = mesh
+    if handle.get_base_model() is not base or _takes_its_place(config):
+        _replace(root, target, handle)
+    after = named_parameters(root)
+    names = frozenset(
+        name
+        for name, parameter in after.items()
+        if (name == target or name.startswith(f"{target}.")) and parameter.requires_grad
+    )
+    names -= frozenset().union(*(adapter.names for adapter in siblings))
+    if not names:
+        raise ConfigError(f"{config.peft_type} has put nothing that trains into {target!r}: no layer fits the method.")
+    for name, parameter in after.items():
+        if not (name == target or name.startswith(f"{target}.")) and name in flags:
+            parameter.requires_grad_(flags[name])
+    adapter = Injected(target, adapter_name, asked, seed, handle, names)
+    object.__setattr__(root, _MARK, {**root.__dict__.get(_MARK, {}), (target, adapter_name): adapter})
+    return adapter
+
+
+def layer_paths(root: nn.Module, layers: str | Sequence[str], target: str) -> list[str]:
+    """Return the paths, below ``target``, of the linear, convolution and embedding layers in a scope of ``root``.
+
+    Raises:
+        ScopeError: If an entry names no layer below ``target``.
+    """
+    structure = find_structure(root)
+    adapters = set(structure.roles["adapters"])
+    prefix = f"{target}." if target else ""
+    chosen: dict[str, None] = {}
+    for entry in [layers] if isinstance(layers, str) else layers:
+        names: Iterable[str] = match_names(entry, structure)
+        owners = [
+            path.removesuffix(".base_layer")
+            for name in names
+            if name not in adapters and _is_layer(structure.modules.get(path := name.rpartition(".")[0]))
+        ]
+        below = [path[len(prefix) :] for path in owners if path.startswith(prefix)]
+        if not below:
+            known = [path for path in structure.modules if path.startswith(prefix)]
+            raise ScopeError(
+                f"layers={entry!r} names no linear, convolution or embedding layer in {target!r}. "
+                + suggest(entry, known)
+            )
+        chosen.update(dict.fromkeys(below))
+    return list(chosen)
+
+
+def _is_layer(module: nn.Module | None) -> bool:
+    known = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
+    return isinstance(module, known) or type(module).__name__ == "Conv1D"  # of transformers, GPT-2
+
+
+def _apply(base: nn.Module, config: PeftConfig, adapter_name: str, siblings: list[Injected]) -> PeftModel:
+    from peft import get_peft_model
+
+    if not siblings:
+        return get_peft_model(base, config, adapter_name=adapter_name)  # type: ignore[return-value, arg-type]
+    handle: Any = siblings[0].handle
+    handle.add_adapter(adapter_name, config)
+    handle.base_model.set_adapter([*(sibling.adapter_name for sibling in siblings), adapter_name])
+    return handle
+
+
+def _takes_its_place(config: PeftConfig) -> bool:
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    return bool(getattr(config, "is_prompt_learning", False)) or kind in _IN_PLACE_OF_THE_MODEL
+
+
+def _submodule(root: nn.Module, target: str) -> nn.Module:
+    try:
+        return root.get_submodule(target)
+    except AttributeError:
+        children = [name for name, child in root.named_children() if any(True for _ in child.parameters())]
+        raise ScopeError(
+            f"target={target!r}: {type(root).__name__} has no such submodule. {suggest(target, children)}"
+        ) from None
+
+
+def _replace(root: nn.Module, target: str, module: nn.Module) -> None:
+    parent, _, leaf = target.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text if text.endswith(".") else f"{text}."
