@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
@@ -163,7 +163,14 @@ class QuantizedPrecision(Precision):
         )
 
     def _check_strategy(self, module: LightningModule) -> None:
-        strategy = module._trainer.strategy if module._trainer is not None else None
+        if module._trainer is None:
+            return
+        strategy = module._trainer.strategy
+        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)):
+            raise UnsupportedStrategy(
+                f"QuantizedPrecision has not been shown to be right under {type(strategy).__name__}. Use one device, "
+                "strategy='ddp' or FSDP2Strategy."
+            )
         if isinstance(strategy, ModelParallelStrategy) and self.mode == "int8":
             raise UnsupportedStrategy(
                 f"{type(strategy).__name__} cannot shard 8-bit weights: their codes are kept a second time beside the "
@@ -179,6 +186,12 @@ class QuantizedPrecision(Precision):
         trainer = module._trainer
         if trainer is not None:
             self.attach(trainer)
+            callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+            if not any(isinstance(callback, _Companion) for callback in callbacks):
+                rank_zero_warn(
+                    "QuantizedPrecision: Lightning has not found this package's entry point (an installation from "
+                    "before it had one?), so that checkpoints cannot be resumed from. Install the package again."
+                )
         self.prepare(module)
         self._check_adapters(module)
         fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +13,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_peft import QuantizedPrecision
 from lightning_peft.core.quantized import is_quantized
-from lightning_peft.errors import BaseMismatch, ConfigError, EffectError, ResumeMismatch, ScopeError
+from lightning_peft.errors import (
+    BaseMismatch,
+    ConfigError,
+    EffectError,
+    ResumeMismatch,
+    ScopeError,
+    UnsupportedStrategy,
+)
 from lightning_peft.precision import dequantize, quantize, quantized_layers
 from tests.precision.tiny import LoRAModule, add_lora, loader, rows, tiny_llama, trainer
 
@@ -234,6 +242,25 @@ def test_without_the_plugin_in_a_trainer_nothing_is_done() -> None:
     fit(module, None, max_steps=1)
     assert not list(quantized_layers(module))
     assert plugin.mode == "nf4"
+
+
+def test_without_the_entry_point_a_run_warns_and_trains_all_the_same() -> None:
+    from lightning_peft.precision.plugin import _Companion
+
+    module = LoRAModule()
+    run = trainer(QuantizedPrecision("nf4"), 2)
+    run.callbacks = [callback for callback in run.callbacks if not isinstance(callback, _Companion)]
+    with pytest.warns(UserWarning, match="has not found this package's entry point"):
+        run.fit(module, loader(), loader())
+    other = LoRAModule()
+    fit(other, QuantizedPrecision("nf4"), max_steps=2)
+    assert module.losses == other.losses
+
+
+def test_a_strategy_that_has_not_been_shown_right_is_refused() -> None:
+    module: Any = SimpleNamespace(_trainer=SimpleNamespace(strategy=object()))
+    with pytest.raises(UnsupportedStrategy, match="not been shown to be right under object"):
+        QuantizedPrecision("nf4")._check_strategy(module)
 
 
 def test_companion_comes_by_the_entry_point_alone() -> None:
