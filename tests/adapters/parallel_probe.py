@@ -38,6 +38,7 @@ def fit(
     world_size: int = 1,
     strategy: Any = "auto",
     ckpt: Any = None,
+    module: Any = Quiet,
     **kw: Any,
 ) -> dict[str, Any]:
     gradients, whole = Gradients(), WholeWeights()
