@@ -92,14 +92,13 @@ class ThreeFactorTuner(NativeTuner):
     ) -> dict[str, Tensor]:
         state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         if not config.save_frozen:
-            for key, value in model.state_dict().items():
-                if cls._is_frozen_factor(key) and key.endswith(f".{adapter_name}") and key not in state:
-                    if value.is_meta:
-                        raise ConfigError(
-                            "The adapter was saved without its frozen factors (save_frozen=False), which are computed "
-                            "from the base weight when it is loaded: load it without low_cpu_mem_usage."
-                        )
-                    state[key] = value
+            own = {key: value for key, value in model.state_dict().items() if key.endswith(f".{adapter_name}")}
+            if any(key in own and own[key].is_meta for key in state):
+                raise ConfigError(
+                    "The adapter was saved without its frozen factors (save_frozen=False), which are computed from the "
+                    "base weight when it is loaded: load it without low_cpu_mem_usage."
+                )
+            state = {**{key: value for key, value in own.items() if cls._is_frozen_factor(key)}, **state}
         return state
 
 

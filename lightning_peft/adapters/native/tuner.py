@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import PeftType, register_peft_method
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -167,7 +168,9 @@ class NativeLayer(nn.Module, BaseTunerLayer):
         self.settings: dict[str, NativeConfig] = {}
         self.kind, self.out_features, self.in_features = _kind_and_shape(self.get_base_layer(), path)
         for role in (*self.trained, *self.frozen):
-            setattr(self, self.prefix + role, nn.ParameterDict())
+            setattr(
+                self, self.prefix + role, nn.ParameterDict() if role in self.trained else BufferDict(persistent=True)
+            )
         self.update_layer(adapter_name, config, path)
 
     def shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
@@ -186,8 +189,8 @@ class NativeLayer(nn.Module, BaseTunerLayer):
         """Return what the adapter adds to the weight as a matrix (out, in)."""
         raise NotImplementedError
 
-    def tensor(self, role: str, adapter_name: str) -> nn.Parameter:
-        """Return the parameter of a role."""
+    def tensor(self, role: str, adapter_name: str) -> Tensor:
+        """Return the parameter or buffer of a role."""
         return getattr(self, self.prefix + role)[adapter_name]
 
     @torch.no_grad()
@@ -197,16 +200,18 @@ class NativeLayer(nn.Module, BaseTunerLayer):
         assert isinstance(weight, Tensor)
         if hasattr(weight, "_local_tensor"):
             raise ConfigError(f"{path} is sharded already: put adapters in before the model is sharded.")
+        if weight.is_meta:
+            raise ConfigError(f"{path} has no weights yet (meta device): load them before adapters are put in.")
         rank = getattr(config, "r", 1)
         if rank > min(self.in_features, self.out_features):
             raise ConfigError(f"r={rank} is more than {path} of shape ({self.out_features}, {self.in_features}) has.")
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.settings[adapter_name] = config
-        meta = weight.is_meta
+        meta = False
         for role, shape in self.shapes(config).items():
             held = getattr(self, self.prefix + role)
             value = torch.zeros(shape, dtype=dtype, device=weight.device)
-            held[adapter_name] = nn.Parameter(value, requires_grad=role in self.trained)
+            held[adapter_name] = nn.Parameter(value) if role in self.trained else value
             meta = meta or held[adapter_name].is_meta  # under peft's low_cpu_mem_usage, whose values are loaded
         if not (meta or self.from_data):
             generator = draw_generator(config.seed, 0, path)

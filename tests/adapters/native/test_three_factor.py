@@ -67,6 +67,7 @@ def test_life(method: str, name: str, tmp_path: Path) -> None:
 
     # only what the method trains moves, and the base never does
     start = {n: p.detach().clone() for n, p in handle.named_parameters()}
+    frozen = {n: b.clone() for n, b in handle.named_buffers()}
     optimizer = torch.optim.Adam([p for p in handle.parameters() if p.requires_grad], lr=1e-2)
     first = loss(handle, x)
     for _ in range(3):
@@ -76,6 +77,7 @@ def test_life(method: str, name: str, tmp_path: Path) -> None:
     assert loss(handle, x) < first
     for n, p in handle.named_parameters():
         assert torch.equal(p, start[n]) != p.requires_grad, n
+    assert all(torch.equal(b, frozen[n]) for n, b in handle.named_buffers())
     for k, v in handle.get_base_model().state_dict().items():
         if k.replace(".base_layer", "") in before:
             assert torch.equal(v, before[k.replace(".base_layer", "")])
@@ -244,7 +246,7 @@ def test_a_bfloat16_base_keeps_float32_adapters_and_no_float32_activations(metho
         torch.manual_seed(3)
         model = nn.Sequential(nn.Linear(16, 48), nn.GELU(), nn.Linear(48, 16), nn.GELU(), nn.Linear(16, 8)).bfloat16()
     handle = get_peft_model(model, make(method, ["0", "2"]))
-    assert {p.dtype for n, p in handle.named_parameters() if f"{method}_" in n} == {torch.float32}
+    assert {t.dtype for n, t in handle.state_dict().items() if f"{method}_" in n} == {torch.float32}
     shake(handle)
     saved: list[torch.Tensor] = []
 
@@ -383,6 +385,8 @@ def test_mistakes_are_named() -> None:
         get_peft_model(nn.Sequential(nn.MultiheadAttention(8, 2)), LoRAXSConfig(r=2, target_modules=["out_proj"]))
     with pytest.raises(ConfigError, match="Embedding"):
         get_peft_model(build("llama"), LoRAXSConfig(r=2, target_modules=["embed_tokens"]))
+    with pytest.raises(ConfigError, match="meta device"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4, device="meta")), LoRAXSConfig(r=2, target_modules=["0"]))
     with pytest.raises(ConfigError, match="groups"):
         get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)), LoRAXSConfig(r=2, target_modules=["0"]))
 
