@@ -198,7 +198,7 @@ class QuantizedPrecision(Precision):
         if fitting and not any(p.requires_grad for p in module.parameters()):
             raise ConfigError(
                 "QuantizedPrecision: nothing is left to train. A quantised weight cannot be trained: add adapters "
-                "(the QLoRA callback, or peft), or leave layers out with skip."
+                "(the QLoRA or Adapter callback, or peft), or leave layers out with skip."
             )
         return module
 

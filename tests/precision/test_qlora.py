@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_peft import CausalLM, QLoRA, QuantizedPrecision
+from lightning_peft import Adapter, CausalLM, QLoRA, QuantizedPrecision
 from lightning_peft.cli import main
 from lightning_peft.data.loader import ResumableDataLoader
 from lightning_peft.errors import ConfigError, ScopeError
@@ -85,6 +85,24 @@ def test_is_lora_of_peft_on_the_dequantised_base() -> None:
         loss.backward()
         optimizer.step()
     assert module.losses == pytest.approx(losses, abs=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["nf4-dq", "int8"])
+def test_adapter_callback_over_a_quantised_base_resumes(mode: Any, tmp_path: Path) -> None:
+    def fit(module: LoRAModule, steps: int, ckpt: Path | None = None) -> pl.Trainer:
+        method = Adapter("lora", {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.1})
+        done = trainer(QuantizedPrecision(mode), steps, callbacks=[method])
+        done.fit(module, batches(), loader(), ckpt_path=ckpt)
+        return done
+
+    torch.manual_seed(0)
+    whole, half, resumed = (LoRAModule("bare") for _ in range(3))
+    fit(whole, 9)
+    torch.manual_seed(0)
+    fit(half, 4).save_checkpoint(tmp_path / "half.ckpt")
+    fit(resumed, 9, tmp_path / "half.ckpt")
+    assert resumed.losses == whole.losses[4:]
+    assert len(list(quantized_layers(resumed))) == 14
 
 
 @pytest.mark.parametrize("where", ["bare", "configure_bare"])

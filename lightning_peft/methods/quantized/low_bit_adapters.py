@@ -23,7 +23,7 @@ from lightning_peft.core.blocks import Structure, find_structure
 from lightning_peft.core.draw import Draw
 from lightning_peft.core.names import named_modules
 from lightning_peft.core.plan import Claim
-from lightning_peft.core.scope import resolve_scope
+from lightning_peft.core.scope import Scope, resolve_scope
 from lightning_peft.errors import BaseMismatch, ConfigError, ScopeError, suggest
 from lightning_peft.methods.arguments import is_whole
 from lightning_peft.methods.base import MethodCallback
@@ -178,7 +178,8 @@ class LowBitAdapters(MethodCallback):
     numbers per matrix. At one bit the paper gives the saved size to wider adapters, and wins.
 
     Use it where adapters are stored or sent in numbers (one per user or task), with adapters that are in the model
-    already, or that ``QLoRA`` puts there. Beside another method it leaves what trains to that one and only rounds.
+    already, or that ``Adapter`` or ``QLoRA`` puts there (name it after them). What other methods of the run choose from
+    it only rounds.
 
     Args:
         bits: Per weight, from 1 to 8.
@@ -221,7 +222,7 @@ class LowBitAdapters(MethodCallback):
             raise ConfigError(f"codebook={codebook!r} is unknown. {suggest(str(codebook), ('median', 'mean'))}")
         self.bits = int(bits)
         self.codebook: Centre = codebook
-        self._stands_alone = True
+        self._others: list[MethodCallback] = []
 
     def select(self, draw: Draw) -> list[str]:
         """All adapters in scope."""
@@ -229,12 +230,19 @@ class LowBitAdapters(MethodCallback):
 
     @override
     def bind(self, structure: Structure, user_flags: dict[str, bool]) -> Claim:
-        """Claim the adapters, unless another method of the run decides what trains."""
-        if self._stands_alone:
+        """Claim the adapters that no other method of the run chooses from; nothing if there are none."""
+        if self.resolve(structure).names:
             return super().bind(structure, user_flags)
         self._structure = structure
         self._units, self._always_units = {}, {}
         return Claim(self.label, frozenset())
+
+    @override
+    def resolve(self, structure: Structure) -> Scope:
+        """The scope without what the other methods of the run choose from."""
+        scope = super().resolve(structure)
+        taken = frozenset(name for method in self._others for name in method.resolve(structure).names)
+        return Scope(tuple(name for name in scope.names if name not in taken), scope.explicit - taken)
 
     @override
     def describe(self) -> dict[str, Any]:
@@ -252,7 +260,7 @@ class LowBitAdapters(MethodCallback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._stands_alone = len(Engine.of(trainer).methods) == 1
+        self._others = [method for method in Engine.of(trainer).methods if method is not self]
         when_built(pl_module, lambda: self.convert(pl_module))
 
     def convert(self, root: nn.Module) -> list[str]:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.data import TensorDataset
 
-from lightning_peft import IST, LowBitAdapters, QLoRA, QuantizedPrecision
+from lightning_peft import IST, Adapter, LowBitAdapters, QLoRA, QuantizedPrecision
 from lightning_peft.data.loader import ResumableDataLoader
 from lightning_peft.errors import BaseMismatch, ConfigError, ScopeError
 from lightning_peft.methods.quantized.low_bit_adapters import (
@@ -205,6 +205,22 @@ def test_beside_qlora_and_ist_it_only_rounds(tmp_path: Path) -> None:
     run = fit(rotating, 4, IST(0.5, scope="adapters"), LowBitAdapters())
     assert len(run.callbacks[0].trainable_names) == 14
     assert len(list(low_bit_weights(rotating))) == 28
+
+
+def test_beside_adapter_it_trains_what_it_rounds(tmp_path: Path) -> None:
+    def methods() -> list[Any]:
+        return [Adapter("lora", {"r": 4, "target_modules": "all-linear"}), LowBitAdapters(bits=2)]
+
+    torch.manual_seed(0)
+    whole = LoRAModule("bare")
+    run = fit(whole, 7, *methods(), plugin=QuantizedPrecision("nf4"))
+    assert len(run.callbacks[1].trainable_names) == 28
+    assert len(list(low_bit_weights(whole))) == 28
+    torch.manual_seed(0)
+    half, resumed = LoRAModule("bare"), LoRAModule("bare")
+    fit(half, 4, *methods(), plugin=QuantizedPrecision("nf4")).save_checkpoint(tmp_path / "half.ckpt")
+    fit(resumed, 7, *methods(), plugin=QuantizedPrecision("nf4"), ckpt=tmp_path / "half.ckpt")
+    assert resumed.losses == whole.losses[4:]
 
 
 def test_other_adapters_of_peft() -> None:
