@@ -126,6 +126,7 @@ def calibrate_lora_sb(
     *,
     adapter_name: str = "default",
     max_batches: int | None = None,
+    again: bool = True,
 ) -> dict[str, float]:
     """Give the factors of LoRA-SB their start, from the gradients of some batches.
 
@@ -139,9 +140,10 @@ def calibrate_lora_sb(
         loss_fn: Returns the scalar loss of a batch; it runs ``model``, in the mode (``train``, ``eval``) it is in.
         adapter_name: Which adapter.
         max_batches: Stop after so many; None for all.
+        again: False does nothing if the adapter has its start already, such as from a checkpoint.
 
     Returns:
-        Per layer, the fraction of the step's squared norm that its r by r matrix holds.
+        Per layer, the fraction of the step's squared norm that its r by r matrix holds; empty if nothing was done.
 
     Raises:
         ConfigError: If there is no such adapter, it does not train, there is no batch, the model is sharded, or the
@@ -149,6 +151,8 @@ def calibrate_lora_sb(
     """
     layers = {path: m for path, m in named_modules(model) if isinstance(m, LoRASBLayer) and adapter_name in m.settings}
     _check_layers(model, layers, adapter_name)
+    if not again and all(layer.calibrated.get(adapter_name) for layer in layers.values()):
+        return {}
     before = {
         path: [layer.tensor(role, adapter_name).detach().clone() for role in "BRA"] for path, layer in layers.items()
     }
