@@ -44,6 +44,13 @@ _PUBLIC: dict[str, str] = {
     "SubsetSearch": "lightning_peft.search.subset_search",
     # adapters
     "Adapter": "lightning_peft.adapters.adapter",
+    "calibrate_lora_sb": "lightning_peft.adapters.native.lora_sb",
+    "LoRASBConfig": "lightning_peft.adapters.native.lora_sb",
+    "LoRAXS": "lightning_peft.adapters.native.presets",
+    "SLoRA": "lightning_peft.adapters.native.presets",
+    "NLoRA": "lightning_peft.adapters.native.presets",
+    "IntTune": "lightning_peft.adapters.native.presets",
+    "LoLDU": "lightning_peft.adapters.native.presets",
     "AdaLoRA": "lightning_peft.adapters.presets",
     "DoRA": "lightning_peft.adapters.presets",
     "IA3": "lightning_peft.adapters.presets",
@@ -78,6 +85,8 @@ if TYPE_CHECKING:
     from lightning_peft import errors
     from lightning_peft.adapters.adapter import Adapter
     from lightning_peft.adapters.files import load_from_checkpoint
+    from lightning_peft.adapters.native.lora_sb import LoRASBConfig, calibrate_lora_sb
+    from lightning_peft.adapters.native.presets import IntTune, LoLDU, LoRAXS, NLoRA, SLoRA
     from lightning_peft.adapters.presets import (
         IA3,
         OFT,

@@ -9,9 +9,10 @@ import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_peft
 from lightning_peft import Adapter, ResumableDataLoader
 from lightning_peft.adapters.native import LoRASBConfig, calibrate_lora_sb
-from tests.adapters.native.models import TARGETS, build, output
+from tests.adapters.native.models import TARGETS, build, matrix_shape, output
 from tests.adapters.native.test_three_factor import METHODS, layers, make
 
 # Lightning 2.6's own, on a machine like this one
@@ -101,3 +102,18 @@ def test_resume_is_exact_and_the_checkpoint_small(method: str, tmp_path: Path) -
     loaded = PeftModel.from_pretrained(build("vit"), tmp_path / "peft")
     x = next(iter(loader()))[0]
     assert torch.equal(output(loaded, x), output(whole.model.eval(), x))
+
+
+@pytest.mark.parametrize("name", ["LoRAXS", "SLoRA", "NLoRA", "IntTune", "LoLDU"])
+def test_shortcuts_train_what_their_method_says(name: str, tmp_path: Path) -> None:
+    callback = getattr(lightning_peft, name)(rank=3, layers="blocks", seed=5, dropout=0.1)
+    module, _ = fit([callback], tmp_path, 1)
+    config = callback.handle.peft_config["default"]
+    assert (config.r, config.seed, config.dropout) == (3, 5, 0.1)
+    count = METHODS[callback.method][2]
+    assert type(config) is METHODS[callback.method][0]
+    found = {path: layer for path, layer in layers(module).items() if layer.settings}
+    assert len(found) == 8, "all linear layers of two blocks, and neither patches nor head"
+    sizes = {name: p.numel() for name, p in module.named_parameters()}
+    expected = sum(count(*matrix_shape(layer.base_layer), 3) for layer in found.values())
+    assert sum(n for name, n in sizes.items() if name in callback.trainable_names and "blocks" in name) == expected
