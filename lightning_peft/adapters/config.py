@@ -19,8 +19,10 @@ __all__ = ["config_from_plain", "make_config", "peft_methods", "plain_config"]
 
 @functools.cache
 def peft_methods() -> dict[str, type[PeftConfig]]:
-    """Return every method that the installed ``peft`` knows, registered ones included: lower-case name -> config."""
+    """Return every method of the installed ``peft`` and of this package: lower-case name -> config class."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    import lightning_peft.adapters.native  # noqa: F401  (registers ours)
 
     return {str(getattr(kind, "value", kind)).lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 

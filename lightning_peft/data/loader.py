@@ -284,8 +284,8 @@ class ResumableDataLoader(DataLoader):
             raise ResumeMismatch(
                 "the checkpoint's position in the training data belongs to another order of batches: "
                 + ", ".join(changed)
-                + ". Resume with the settings of the first run (another number of processes needs a batch_size that gives "
-                "as many samples in all), or start a new run from the checkpoint's weights"
+                + ". Resume with the settings of the first run (another number of processes needs a batch_size that "
+                "gives as many samples in all), or start a new run from the checkpoint's weights"
             )
         self._pending = {name: int(state_dict[name]) for name in ("epoch", "batches", "announced")}
         self.set_epoch(self._pending["announced"])

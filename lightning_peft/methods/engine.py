@@ -298,6 +298,7 @@ class Engine:
             self._movement.after_step(index, optimizer, self._planned)
         for method in self.methods:
             method.stepped(optimizer)
+        self._guard.after_step()
 
     def finish(self) -> None:
         """Give the model back as it came; safe to call at any time and more than once."""

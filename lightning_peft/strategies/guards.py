@@ -80,6 +80,9 @@ class StrategyGuard:
     def after_switch(self) -> None:
         """Called when ``requires_grad`` has changed for at least one parameter."""
 
+    def after_step(self) -> None:
+        """Called after each step of each optimizer."""
+
     def take_gradients(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """Return the gradients that this process has accumulated, on the CPU."""
         return {name: local(p.grad).cpu() for name, p in parameters.items() if p.grad is not None}
@@ -197,6 +200,10 @@ class FSDP2Guard(_ShardingGuard):
         """Bring the sharded parameters back into their modules."""
         assert self.strategy.model is not None
         reshard(self.strategy.model)
+
+    def after_step(self) -> None:
+        """Give up weights that were gathered before the step (by a forward without gradients): they are old now."""
+        self.before_switch()
 
     def after_switch(self) -> None:
         """Let the groups read again in which dtype they reduce gradients."""

@@ -63,6 +63,14 @@ class LeavesOut(Quiet):
             fully_shard(block, mesh=self.device_mesh["data_parallel"])
 
 
+class LooksBetween(ShardedByUser):
+    """Asks its model without gradients between the backward pass and the optimizer step."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        with torch.no_grad():
+            self.model(input_ids=torch.arange(4)[None], use_cache=False)
+
+
 class ShardedByUserMixed(ShardedByUser):
     mixed = True
 
@@ -234,6 +242,7 @@ def main(out: Path, strategy: str) -> None:
     for row in ("lisa", "hft", "schedule", "badam"):
         results[f"mixed/{row}"] = fit(out, strategy, ROWS[row].make(), precision="bf16-mixed")
     if strategy == "model_parallel":
+        results["looks_between"] = fit(out, strategy, ROWS["lisa"].make(), module=LooksBetween)
         results["refused/left_out"] = refused(out, strategy, ROWS["lisa"].make(), module=LeavesOut)
     if strategy == "fsdp1":
         results["refused/second_fit"] = second_fit(out)

@@ -90,6 +90,15 @@ def test_resume_is_exact(row: str, form: str, run: tuple[str, Ranks]) -> None:
             assert_same_weights(resumed["weights"], expected["weights"])
 
 
+def test_weights_gathered_before_a_step_are_not_used_after_it(run: tuple[str, Ranks], tmp_path: Path) -> None:
+    strategy, ranks = run
+    if strategy != "model_parallel":
+        pytest.skip("FSDP2Strategy has a test of its own; FSDP1 gathers anew")
+    expected = fsdp_probe.single(tmp_path, ROWS["lisa"].make())
+    for rank in ranks:
+        assert_same_gradients(rank["looks_between"], expected)
+
+
 def test_what_would_be_wrong_is_refused(run: tuple[str, Ranks]) -> None:
     strategy, ranks = run
     for rank in ranks:
