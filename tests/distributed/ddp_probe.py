@@ -103,8 +103,16 @@ def main(out: Path) -> None:
         results[f"{row}/{accumulate}"] = fit(
             out, ROWS[row].make(), devices=2, strategy="ddp", accumulate_grad_batches=accumulate
         )
+    from tests.distributed.fsdp_probe import ADAPTER_ROWS, with_adapters
+
+    for row, make in ADAPTER_ROWS.items():
+        kind = with_adapters(Quiet)
+        results[f"adapters/{row}"] = fit(out, make(), module=kind, devices=2, strategy="ddp", gradient_clip_val=None)
     for row in ("lisa", "hft", "schedule", "badam"):
-        results[f"mixed/{row}"] = fit(out, ROWS[row].make(), devices=2, strategy="ddp", precision="bf16-mixed")
+        saver = SaveEveryBatch(out / "mixed" / row)
+        arguments: dict[str, Any] = {"devices": 2, "strategy": "ddp", "precision": "bf16-mixed"}
+        results[f"mixed/{row}"] = fit(out, ROWS[row].make(), saver, **arguments)
+        results[f"mixed/{row}/5"] = fit(out, ROWS[row].make(), ckpt=saver.directory / "005.ckpt", **arguments)
     results["find_unused"] = fit(
         out, ROWS["lisa"].make(), devices=2, strategy="ddp_find_unused_parameters_true", accumulate_grad_batches=1
     )
@@ -121,7 +129,7 @@ def main(out: Path) -> None:
     for row in ("lisa", "lisa_offload", "hft_redraw"):
         directory = out / row
         saver = SaveEveryBatch(directory)
-        arguments: dict[str, Any] = {"devices": 2, "strategy": "ddp", "module": TinyModule}
+        arguments = {"devices": 2, "strategy": "ddp", "module": TinyModule}
         results[f"resume/{row}/expected"] = fit(out, ROWS[row].make(), saver, **arguments)
         for position in (0, 3, 5, 6, 9):
             results[f"resume/{row}/{position}"] = fit(

@@ -20,11 +20,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from lightning_peft import IST, LISA, EmbeddingsAndHead, RandomTuning
+from lightning_peft import IST, LISA, EmbeddingsAndHead, FinetuningSchedule, RandomTuning
 from lightning_peft.core.names import clean_name
 from lightning_peft.errors import LightningPeftError
 from lightning_peft.methods.base import MethodCallback
-from tests.contract.harness import ROWS, TinyModule, trainer
+from tests.contract.harness import REPLACING_PHASES, ROWS, TinyModule, trainer
 from tests.distributed import ddp_probe
 from tests.distributed.ddp_probe import MODEL, Quiet, SaveEveryBatch, loader
 from tests.distributed.fsdp1_on_cpu import FSDPOnCPU
@@ -218,6 +218,11 @@ def refused(out: Path, strategy: str, methods: list[MethodCallback], **kw: Any) 
     return "no error"
 
 
+def replacing() -> list[MethodCallback]:
+    """As the row of that name, with the optimizer state kept."""
+    return [FinetuningSchedule(REPLACING_PHASES)]
+
+
 def second_fit(out: Path) -> str:
     """Fit a module that a strategy has wrapped in an earlier fit."""
     module = Quiet(MODEL)
@@ -241,10 +246,20 @@ def main(out: Path, strategy: str) -> None:
             results[f"refused/{row}"] = refused(out, strategy, ROWS[row].make())
     for row in ("lisa", "hft", "schedule", "badam"):
         results[f"mixed/{row}"] = fit(out, strategy, ROWS[row].make(), precision="bf16-mixed")
+    for row in ("lisa", "hft_redraw", "schedule", "badam"):
+        directory = out / "mixed" / row
+        saver, mixed = SaveEveryBatch(directory), {"precision": "bf16-mixed", "dropout": False}
+        results[f"resume/mixed/{row}/expected"] = fit(out, strategy, ROWS[row].make(), saver, **mixed)
+        results[f"resume/mixed/{row}/5"] = fit(out, strategy, ROWS[row].make(), ckpt=directory / "005.ckpt", **mixed)
     if strategy == "model_parallel":
         results["looks_between"] = fit(out, strategy, ROWS["lisa"].make(), module=LooksBetween)
         results["refused/left_out"] = refused(out, strategy, ROWS["lisa"].make(), module=LeavesOut)
     if strategy == "fsdp1":
+        row, saver = "schedule_replacing_keep", SaveEveryBatch(out / "replacing")
+        results[row] = fit(out, strategy, replacing(), saver)
+        for position in POSITIONS:
+            path = saver.directory / f"{position:03d}.ckpt"
+            results[f"resume/sharded/{row}/{position}"] = fit(out, strategy, replacing(), ckpt=path)
         results["refused/second_fit"] = second_fit(out)
     for row, make in ADAPTER_ROWS.items():
         results[f"adapters/{row}"] = fit(out, strategy, make(), adapters=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.contract.harness import ROWS, assert_same_weights
-from tests.distributed import ddp_probe
+from tests.distributed import ddp_probe, fsdp_probe
 from tests.distributed.launch import launch
 
 pytestmark = pytest.mark.distributed
@@ -48,6 +48,14 @@ def test_gradients_equal_one_process_on_the_joined_batch(
     assert_same_weights(ranks[0][f"{row}/{accumulate}"]["weights"], ranks[1][f"{row}/{accumulate}"]["weights"])
 
 
+@pytest.mark.parametrize("row", fsdp_probe.ADAPTER_ROWS)
+def test_adapters(row: str, ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    expected = fsdp_probe.single(tmp_path, fsdp_probe.ADAPTER_ROWS[row](), adapters=True)
+    for rank in ranks:
+        assert rank[f"adapters/{row}"]["histories"] == expected["histories"]
+        assert_same_gradients(rank[f"adapters/{row}"]["gradients"], expected["gradients"])
+
+
 @pytest.mark.parametrize("row", ["lisa", "hft", "schedule", "badam"])
 def test_mixed_precision(row: str, ranks: list[dict[str, Any]], tmp_path: Path) -> None:
     """Under bfloat16 autocast: the same set, float32 gradients, as close to one process as bfloat16 is."""
@@ -59,6 +67,7 @@ def test_mixed_precision(row: str, ranks: list[dict[str, Any]], tmp_path: Path) 
         for name, gradient in result["gradients"][0].items():
             assert gradient.dtype == torch.float32
             torch.testing.assert_close(gradient, expected["gradients"][0][name], rtol=3e-2, atol=3e-3)
+        assert_same_weights(rank[f"mixed/{row}/5"]["weights"], result["weights"])  # resumed
     assert_same_weights(ranks[0][f"mixed/{row}"]["weights"], ranks[1][f"mixed/{row}"]["weights"])
 
 

@@ -90,6 +90,27 @@ def test_resume_is_exact(row: str, form: str, run: tuple[str, Ranks]) -> None:
             assert_same_weights(resumed["weights"], expected["weights"])
 
 
+@pytest.mark.parametrize("row", ["lisa", "hft_redraw", "schedule", "badam"])
+def test_resume_in_mixed_precision_is_exact(row: str, run: tuple[str, Ranks]) -> None:
+    _, ranks = run
+    for rank in ranks:
+        resumed, expected = rank[f"resume/mixed/{row}/5"], rank[f"resume/mixed/{row}/expected"]
+        assert resumed["histories"] == expected["histories"]
+        assert_same_weights(resumed["weights"], expected["weights"])
+
+
+def test_fsdp1_replaces_optimizers(run: tuple[str, Ranks], tmp_path: Path) -> None:
+    strategy, ranks = run
+    if strategy != "fsdp1":
+        pytest.skip("the row 'schedule_replacing' runs there")
+    expected = fsdp_probe.single(tmp_path, fsdp_probe.replacing())
+    for rank in ranks:
+        assert_same_gradients(rank["schedule_replacing_keep"], expected)
+        for position in POSITIONS:
+            resumed = rank[f"resume/sharded/schedule_replacing_keep/{position}"]
+            assert_same_weights(resumed["weights"], rank["schedule_replacing_keep"]["weights"])
+
+
 def test_weights_gathered_before_a_step_are_not_used_after_it(run: tuple[str, Ranks], tmp_path: Path) -> None:
     strategy, ranks = run
     if strategy != "model_parallel":
