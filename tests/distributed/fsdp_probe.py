@@ -35,7 +35,7 @@ UNSUPPORTED = {
     "fsdp1": {"lisa_offload", "schedule_replacing"},
 }
 RESUMED = ("lisa", "lisa_keep", "hft_redraw", "schedule", "schedule_replacing", "badam", "ist_slow")
-POSITIONS = (0, 3, 5, 9)
+POSITIONS = {"sharded": (0, 5, 9), "full": (3,)}
 
 
 def is_supported(row: str, strategy: str) -> bool:
@@ -257,7 +257,7 @@ def main(out: Path, strategy: str) -> None:
     if strategy == "fsdp1":
         row, saver = "schedule_replacing_keep", SaveEveryBatch(out / "replacing")
         results[row] = fit(out, strategy, replacing(), saver)
-        for position in POSITIONS:
+        for position in POSITIONS["sharded"]:
             path = saver.directory / f"{position:03d}.ckpt"
             results[f"resume/sharded/{row}/{position}"] = fit(out, strategy, replacing(), ckpt=path)
         results["refused/second_fit"] = second_fit(out)
@@ -271,7 +271,7 @@ def main(out: Path, strategy: str) -> None:
             results[f"resume/{form}/{row}/expected"] = fit(
                 out, strategy, ROWS[row].make(), SaveEveryBatch(directory), **arguments
             )
-            for position in POSITIONS:
+            for position in POSITIONS[form]:
                 path = directory / f"{position:03d}.ckpt"
                 results[f"resume/{form}/{row}/{position}"] = fit(
                     out, strategy, ROWS[row].make(), ckpt=path, **arguments
