@@ -166,12 +166,28 @@ class NativeLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.settings: dict[str, NativeConfig] = {}
-        self.kind, self.out_features, self.in_features = _kind_and_shape(self.get_base_layer(), path)
+        self.kind, self.out_features, self.in_features = self.measure(path)
         for role in (*self.trained, *self.frozen):
             setattr(
                 self, self.prefix + role, nn.ParameterDict() if role in self.trained else BufferDict(persistent=True)
             )
         self.update_layer(adapter_name, config, path)
+
+    def measure(self, path: str) -> tuple[str, int, int]:
+        """Return the kind of the base layer, and how many features come out of it and go in."""
+        return _kind_and_shape(self.get_base_layer(), path)
+
+    def reference(self, path: str) -> Tensor:
+        """Return the base weight whose device and precision the adapters follow."""
+        weight = self.get_base_layer().weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def check_fit(self, config: Any, path: str) -> None:
+        """Raise a ``ConfigError`` if an adapter of these settings does not fit the base layer."""
+        rank = getattr(config, "r", 1)
+        if rank > min(self.in_features, self.out_features):
+            raise ConfigError(f"r={rank} is more than {path} of shape ({self.out_features}, {self.in_features}) has.")
 
     def shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
         """Return the shape of the tensor of every role."""
@@ -196,15 +212,12 @@ class NativeLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def update_layer(self, adapter_name: str, config: NativeConfig, path: str) -> None:
         """Add an adapter, with its initial values."""
-        weight = self.get_base_layer().weight
-        assert isinstance(weight, Tensor)
+        weight = self.reference(path)
         if hasattr(weight, "_local_tensor"):
             raise ConfigError(f"{path} is sharded already: put adapters in before the model is sharded.")
         if weight.is_meta:
             raise ConfigError(f"{path} has no weights yet (meta device): load them before adapters are put in.")
-        rank = getattr(config, "r", 1)
-        if rank > min(self.in_features, self.out_features):
-            raise ConfigError(f"r={rank} is more than {path} of shape ({self.out_features}, {self.in_features}) has.")
+        self.check_fit(config, path)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.settings[adapter_name] = config
         meta = False
