@@ -51,10 +51,13 @@ _PUBLIC: dict[str, str] = {
     "NLoRA": "lightning_peft.adapters.native.presets",
     "IntTune": "lightning_peft.adapters.native.presets",
     "LoLDU": "lightning_peft.adapters.native.presets",
+    "SSF": "lightning_peft.adapters.native.ssf",
     "AdaLoRA": "lightning_peft.adapters.presets",
     "DoRA": "lightning_peft.adapters.presets",
     "IA3": "lightning_peft.adapters.presets",
     "LoRA": "lightning_peft.adapters.presets",
+    "LoRAFA": "lightning_peft.adapters.lora_fa",
+    "LoRAPlus": "lightning_peft.adapters.lora_plus",
     "MiSS": "lightning_peft.adapters.presets",
     "OFT": "lightning_peft.adapters.presets",
     "PiSSA": "lightning_peft.adapters.presets",
@@ -85,8 +88,11 @@ if TYPE_CHECKING:
     from lightning_peft import errors
     from lightning_peft.adapters.adapter import Adapter
     from lightning_peft.adapters.files import load_from_checkpoint
+    from lightning_peft.adapters.lora_fa import LoRAFA
+    from lightning_peft.adapters.lora_plus import LoRAPlus
     from lightning_peft.adapters.native.lora_sb import LoRASBConfig, calibrate_lora_sb
     from lightning_peft.adapters.native.presets import IntTune, LoLDU, LoRAXS, NLoRA, SLoRA
+    from lightning_peft.adapters.native.ssf import SSF
     from lightning_peft.adapters.presets import (
         IA3,
         OFT,

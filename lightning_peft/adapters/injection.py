@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +120,8 @@ def inject(
             "which Adapter does not drive. Use True, 'gaussian', 'orthogonal', 'olora', 'pissa' or 'pissa_niter_16'."
         )
     if layers is not None:
-        config.target_modules = "|".join(re.escape(path) for path in layer_paths(root, layers, target))  # type: ignore
+        paths = layer_paths(root, layers, target, getattr(config, "takes", None))
+        config.target_modules = "|".join(re.escape(path) for path in paths)  # type: ignore
     siblings = [adapter for (path, _), adapter in present.items() if path == target]
     flags = {name: p.requires_grad for name, p in named_parameters(root).items()}
     mesh = root.__dict__.pop("_device_mesh", None)  # peft takes Lightning's for one of transformers
@@ -155,13 +156,22 @@ def inject(
     return adapter
 
 
-def layer_paths(root: nn.Module, layers: str | Sequence[str], target: str) -> list[str]:
-    """Return the paths, below ``target``, of the linear, convolution and embedding layers in a scope of ``root``.
+def layer_paths(
+    root: nn.Module, layers: str | Sequence[str], target: str, takes: Callable[[nn.Module], bool] | None = None
+) -> list[str]:
+    """Return the paths, below ``target``, of the layers in a scope of ``root`` that a method takes.
+
+    Args:
+        root: The LightningModule.
+        layers: A scope of it.
+        target: Path of the submodule.
+        takes: Whether a module can get an adapter; None: linear, convolution and embedding layers.
 
     Raises:
         ScopeError: If an entry names no layer below ``target``.
     """
     structure = find_structure(root)
+    takes = takes or _is_layer
     adapters = set(structure.roles["adapters"])
     prefix = f"{target}." if target else ""
     chosen: dict[str, None] = {}
@@ -170,20 +180,20 @@ def layer_paths(root: nn.Module, layers: str | Sequence[str], target: str) -> li
         owners = [
             path.removesuffix(".base_layer")
             for name in names
-            if name not in adapters and _is_layer(structure.modules.get(path := name.rpartition(".")[0]))
+            if name not in adapters
+            and (module := structure.modules.get(path := name.rpartition(".")[0])) is not None
+            and takes(module)
         ]
         below = [path[len(prefix) :] for path in owners if path.startswith(prefix)]
         if not below:
             known = [path for path in structure.modules if path.startswith(prefix)]
-            raise ScopeError(
-                f"layers={entry!r} names no linear, convolution or embedding layer in {target!r}. "
-                + suggest(entry, known)
-            )
+            kinds = "linear, convolution or embedding layer" if takes is _is_layer else "layer that the method takes"
+            raise ScopeError(f"layers={entry!r} names no {kinds} in {target!r}. " + suggest(entry, known))
         chosen.update(dict.fromkeys(below))
     return list(chosen)
 
 
-def _is_layer(module: nn.Module | None) -> bool:
+def _is_layer(module: nn.Module) -> bool:
     known = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
     return isinstance(module, known) or type(module).__name__ == "Conv1D"  # of transformers, GPT-2
 

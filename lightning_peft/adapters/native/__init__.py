@@ -10,6 +10,7 @@ from lightning_peft.adapters.native.loldu import LoLDUConfig
 from lightning_peft.adapters.native.lora_sb import LoRASBConfig, calibrate_lora_sb
 from lightning_peft.adapters.native.lora_xs import LoRAXSConfig
 from lightning_peft.adapters.native.nlora import IntTuneConfig, NLoRAConfig, SLoRAConfig
+from lightning_peft.adapters.native.ssf import SSFConfig
 
 __all__ = [
     "IntTuneConfig",
@@ -18,5 +19,6 @@ __all__ = [
     "LoRAXSConfig",
     "NLoRAConfig",
     "SLoRAConfig",
+    "SSFConfig",
     "calibrate_lora_sb",
 ]
