@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from typing_extensions import override
 
@@ -17,8 +18,10 @@ from lightning_peft.adapters.frozen_base import attach_frozen_base, fingerprints
 from lightning_peft.adapters.injection import Injected, inject, injected
 from lightning_peft.core.blocks import Structure
 from lightning_peft.core.draw import Draw
+from lightning_peft.core.names import named_parameters
 from lightning_peft.core.plan import Claim
 from lightning_peft.core.scope import Scope
+from lightning_peft.core.trainable import set_flags
 from lightning_peft.errors import ConfigError
 from lightning_peft.methods.base import MethodCallback
 from lightning_peft.methods.build import when_built
@@ -99,7 +102,8 @@ class Adapter(MethodCallback):
         self.adapter_name = adapter_name
         self._injected: Injected | None = None
         self._driver: Driver | None = None
-        self._undo_loss: tuple[LightningModule, Any] | None = None
+        self._own: frozenset[str] = frozenset()
+        self._undo_steps: dict[str, Any] = {}
         self._base: dict[str, int] | None = None
 
     # ------------------------------------------------------------------ what a user reads
@@ -144,7 +148,7 @@ class Adapter(MethodCallback):
     def resolve(self, structure: Structure) -> Scope:
         """The adapter's parameters, and what lies outside every target."""
         assert self._injected is not None
-        own = {name for name in self._injected.names if name in structure.parameters}
+        own = {name for name in self._own if name in structure.parameters}
         targets = {target for target, _ in self._everything}
         outside = {
             name
@@ -160,7 +164,9 @@ class Adapter(MethodCallback):
         assert self._injected is not None
         own = tuple(name for name in names if name in self._injected.names)
         rest = tuple(name for name in names if name not in self._injected.names)
-        return {unit: members for unit, members in ((self.adapter_name, own), ("beside", rest)) if members}
+        units = self._driver.cut(own) if self._driver is not None else None
+        units = {self.adapter_name: own} if units is None else units
+        return {unit: members for unit, members in (*units.items(), ("beside", rest)) if members}
 
     @override
     def bind(self, structure: Structure, user_flags: dict[str, bool]) -> Claim:
@@ -169,9 +175,19 @@ class Adapter(MethodCallback):
             return Claim(self.label, frozenset())
         return super().bind(structure, user_flags)
 
+    @property
+    @override
+    def is_static(self) -> bool:
+        return self._driver is None or not self._driver.allocates
+
+    @override
+    def draw_due(self, step: int, epoch: int) -> int:
+        return 0 if self._driver is None else self._driver.allocations
+
     def select(self, draw: Draw) -> list[str]:
-        """All of it."""
-        return list(self.units)
+        """All of it, or what the method has allocated."""
+        dropped = frozenset() if self._driver is None else self._driver.dropped
+        return [unit for unit in self.units if unit not in dropped]
 
     # ------------------------------------------------------------------ injection
 
@@ -179,7 +195,9 @@ class Adapter(MethodCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         adapters = [method for method in Engine.of(trainer).methods if isinstance(method, Adapter)]
+        self._unwrap_steps()
         self._is_first = adapters[0] is self
+        self._engine, self._module = Engine.of(trainer), pl_module
         self._base = None
 
         def build() -> None:
@@ -194,13 +212,16 @@ class Adapter(MethodCallback):
                 layers=self.layers,
                 seed=self.seed,
             )
-            self._driver = driver_for(self._injected.handle, self.adapter_name)
+            self._driver = self.make_driver(self._injected)
+            self._own = self._driver.trains(self._injected.names)
+            parameters = named_parameters(pl_module)
+            set_flags(parameters, dict.fromkeys(self._injected.names - self._own, False))
+            if self._is_first:
+                self._wrap_steps()
 
         when_built(pl_module, build)
         if self._is_first:
             attach_frozen_base(trainer.strategy, self._frozen_base, _record)
-        self._engine = Engine.of(trainer)
-        self._module = pl_module
 
     @property
     def _everything(self) -> dict[tuple[str, str], Injected]:
@@ -226,32 +247,75 @@ class Adapter(MethodCallback):
     def needs_whole_parameters(self) -> bool:
         return self._driver is not None and self._driver.sees_whole_parameters
 
+    def make_driver(self, adapter: Injected) -> Driver:
+        """Return what drives the adapter; a method of this package's own says it here."""
+        return driver_for(adapter.handle, adapter.adapter_name)
+
+    @override
+    def prepare_optimizers(self, trainer: Trainer) -> None:
+        if self._driver is not None:
+            self._driver.prepare_optimizers(trainer)
+
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        driver = self._driver
-        if driver is None or not driver.adds_loss:
-            return
-        if not pl_module.automatic_optimization:
+        if self._driver is not None and self._driver.adds_loss and not pl_module.automatic_optimization:
             raise ConfigError(
                 f"{self.label} adds a term to the loss, which with manual optimisation never leaves training_step. "
                 "Use automatic optimisation."
             )
-        original = pl_module.training_step
-        self._undo_loss = (pl_module, pl_module.__dict__.get("training_step"))
 
-        def training_step(*args: Any, **kwargs: Any) -> Any:  # not functools.wraps: Lightning follows __wrapped__
-            return _add_loss(original(*args, **kwargs), driver.loss())
+    def _wrap_steps(self) -> None:
+        """Let all adapters of the run see each batch, and add to the training loss; by the first of them, once."""
+        module = self._module
+        for name in ("training_step", "validation_step", "test_step", "predict_step"):
+            if is_overridden(name, module):
+                self._undo_steps[name] = module.__dict__.get(name)
+                setattr(module, name, self._wrapped(getattr(module, name), name == "training_step"))
 
-        pl_module.training_step = training_step
+    def _wrapped(self, original: Callable[..., Any], adds_loss: bool) -> Callable[..., Any]:
+        def step(*args: Any, **kwargs: Any) -> Any:  # not functools.wraps: Lightning follows __wrapped__
+            drivers = [each._driver for each in self._engine.methods if isinstance(each, Adapter)]
+            drivers = [driver for driver in drivers if driver is not None]
+            for driver in drivers:
+                driver.batch(args[0] if args else next(iter(kwargs.values()), None))
+            output = original(*args, **kwargs)
+            for driver in drivers:
+                if adds_loss and driver.adds_loss:
+                    output = _add_loss(output, driver.loss())
+            return output
+
+        return step
+
+    def _unwrap_steps(self) -> None:
+        for name, previous in self._undo_steps.items():
+            if previous is None:
+                self._module.__dict__.pop(name, None)
+            else:
+                setattr(self._module, name, previous)
+        self._undo_steps = {}
+
+    @override
+    def switched(self, trainer: Trainer) -> None:
+        if self._driver is not None:
+            self._driver.started()
 
     @override
     def finished(self) -> None:
-        if self._undo_loss is not None:
-            (module, previous), self._undo_loss = self._undo_loss, None
-            if previous is None:
-                module.__dict__.pop("training_step", None)
-            else:
-                module.training_step = previous
+        self._unwrap_steps()
+        if self._driver is not None:
+            self._driver.finished()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._unwrap_steps()
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self._driver is not None:
+            self._driver.stepping(optimizer)
 
     @override
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:

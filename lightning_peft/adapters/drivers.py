@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -31,9 +32,41 @@ class Driver:
         self.handle: Any = handle
         self.adapter_name = adapter_name
 
+    allocates = False
+    """Whether parts of the adapter stop training during the run."""
+
+    allocations = 0
+    """How often parts were dropped; all state of it goes into :meth:`state_dict`."""
+
+    dropped: frozenset[str] = frozenset()
+    """Names of the units of :meth:`cut` that train no more."""
+
+    def cut(self, names: tuple[str, ...]) -> dict[str, tuple[str, ...]] | None:
+        """Return the units that may be dropped, unit -> names; None: the adapter is one unit."""
+        return None
+
+    def trains(self, names: frozenset[str]) -> frozenset[str]:
+        """Return which of the adapter's parameters may train; the rest stays as it was initialised."""
+        return names
+
+    def prepare_optimizers(self, trainer: Trainer) -> None:
+        """Regroup the optimizers, which exist since a moment; before any state is restored."""
+
+    def batch(self, batch: Any) -> None:
+        """Called with each batch of every stage, before the module sees it."""
+
+    def started(self) -> None:
+        """Called when training starts, after a checkpoint has been restored, and after each allocation."""
+
+    def finished(self) -> None:
+        """Undo what :meth:`started` did; called when a fit ends, and maybe more than once."""
+
     def loss(self) -> Tensor | None:
         """Return what is added to the training loss of each micro-batch."""
         return None
+
+    def stepping(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called before each step of each optimizer, when gradients are whole and unscaled, before they are clipped."""
 
     def stepped(self, step: int) -> None:
         """Called after optimizer step number ``step``, counted from 0, while gradients are there."""

@@ -62,7 +62,7 @@ class LoRA(_Preset):
         self.rank_stabilized = rank_stabilized
         super().__init__(
             "lora",
-            _lora(rank, alpha, dropout, init) | {"use_rslora": rank_stabilized},
+            lora_config(rank, alpha, dropout, init) | {"use_rslora": rank_stabilized},
             layers,
             target=target,
             adapter_name=adapter_name,
@@ -104,7 +104,7 @@ class DoRA(_Preset):
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         super().__init__(
             "lora",
-            _lora(rank, alpha, dropout, "default") | {"use_dora": True},
+            lora_config(rank, alpha, dropout, "default") | {"use_dora": True},
             layers,
             target=target,
             adapter_name=adapter_name,
@@ -147,7 +147,7 @@ class PiSSA(_Preset):
         self.rank, self.iterations, self.dropout = rank, iterations, dropout
         super().__init__(
             "lora",
-            _lora(rank, rank, dropout, "pissa" if iterations is None else f"pissa_niter_{iterations}"),
+            lora_config(rank, rank, dropout, "pissa" if iterations is None else f"pissa_niter_{iterations}"),
             layers,
             target=target,
             adapter_name=adapter_name,
@@ -446,7 +446,8 @@ class PrefixTuning(_Preset):
         )
 
 
-def _lora(rank: int, alpha: float | None, dropout: float, init: str) -> dict[str, Any]:
+def lora_config(rank: int, alpha: float | None, dropout: float, init: str) -> dict[str, Any]:
+    """Return what ``peft``'s ``LoraConfig`` takes."""
     return {
         "r": rank,
         "lora_alpha": 2 * rank if alpha is None else alpha,
