@@ -51,7 +51,12 @@ def source_loaders(trainer: Trainer, source: DataSource, label: str) -> Any:
 
 
 def sample_batches(
-    trainer: Trainer, loaders: Any, num_batches: int, generator: torch.Generator, batch_size: int | None = None
+    trainer: Trainer,
+    loaders: Any,
+    num_batches: int,
+    generator: torch.Generator,
+    batch_size: int | None = None,
+    same_on_all_ranks: bool = False,
 ) -> list[Any]:
     """Draw batches at random, without replacement, from the data sets of ``loaders``, and move them to the device.
 
@@ -68,6 +73,7 @@ def sample_batches(
         generator: Source of the draw, the same on all ranks.
         batch_size: Samples in each batch, over all ranks together, at least 1; None: as many as the loader takes, on
             each rank.
+        same_on_all_ranks: Each rank gets what a single process would get, instead of its share.
 
     Raises:
         ConfigError: If there are no loaders, or a loader is not over a data set with a length.
@@ -75,8 +81,8 @@ def sample_batches(
     if isinstance(loaders, CombinedLoader):
         loaders = loaders.iterables
     leaves, spec = tree_flatten(loaders)
-    ranks = (trainer.global_rank, trainer.world_size)
-    size = None if batch_size is None else -(-batch_size // trainer.world_size)
+    ranks = (0, 1) if same_on_all_ranks else (trainer.global_rank, trainer.world_size)
+    size = None if batch_size is None else -(-batch_size // ranks[1])
     drawn = [_sample(loader, num_batches, size, *ranks, generator) for loader in leaves]
     together = [tree_unflatten(list(parts), spec) for parts in zip(*drawn, strict=False)]
     return [_to_device(trainer, batch) for batch in together]

@@ -54,6 +54,7 @@ from lightning_peft.errors import ConfigError, ResumeMismatch, UnsupportedStrate
 
 __all__ = [
     "PARTIAL_STATE_KEY",
+    "argument_of_fit",
     "keep_partial_state",
     "lazy_init_all_trainable",
     "load_checkpoint",
@@ -297,11 +298,16 @@ def load_checkpoint(
 
 
 def weights_only_of_fit() -> bool | None:
-    """The argument of the ``Trainer.fit`` (or ``validate``, ...) that is running, which is kept nowhere else."""
+    """The argument of the ``Trainer.fit`` (or ``validate``, ...) that is running."""
+    return argument_of_fit("weights_only")
+
+
+def argument_of_fit(name: str) -> Any:
+    """An argument of the ``Trainer.fit`` (or ``validate``, ...) that is running, which Trainer keeps nowhere else."""
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code is Trainer._run.__code__:
-            return frame.f_locals.get("weights_only")
+            return frame.f_locals.get(name)
         frame = frame.f_back
     return None
 
