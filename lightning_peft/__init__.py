@@ -52,6 +52,10 @@ _PUBLIC: dict[str, str] = {
     "IntTune": "lightning_peft.adapters.native.presets",
     "LoLDU": "lightning_peft.adapters.native.presets",
     "SSF": "lightning_peft.adapters.native.ssf",
+    "SeriesAdapter": "lightning_peft.adapters.native.bottleneck",
+    "ParallelAdapter": "lightning_peft.adapters.native.bottleneck",
+    "Compacter": "lightning_peft.adapters.native.compacter",
+    "AdaMSS": "lightning_peft.adapters.adamss",
     "AdaLoRA": "lightning_peft.adapters.presets",
     "DoRA": "lightning_peft.adapters.presets",
     "IA3": "lightning_peft.adapters.presets",
@@ -86,10 +90,13 @@ __all__ = ["__version__", "errors", *_PUBLIC]  # pyright: ignore[reportUnsupport
 
 if TYPE_CHECKING:
     from lightning_peft import errors
+    from lightning_peft.adapters.adamss import AdaMSS
     from lightning_peft.adapters.adapter import Adapter
     from lightning_peft.adapters.files import load_from_checkpoint
     from lightning_peft.adapters.lora_fa import LoRAFA
     from lightning_peft.adapters.lora_plus import LoRAPlus
+    from lightning_peft.adapters.native.bottleneck import ParallelAdapter, SeriesAdapter
+    from lightning_peft.adapters.native.compacter import Compacter
     from lightning_peft.adapters.native.lora_sb import LoRASBConfig, calibrate_lora_sb
     from lightning_peft.adapters.native.presets import IntTune, LoLDU, LoRAXS, NLoRA, SLoRA
     from lightning_peft.adapters.native.ssf import SSF

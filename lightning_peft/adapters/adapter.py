@@ -204,7 +204,7 @@ class Adapter(MethodCallback):
             prepare = getattr(trainer.precision_plugin, "prepare", None)
             if prepare is not None:  # quantise first
                 prepare(pl_module)
-            self._injected = inject(
+            adapter = inject(
                 pl_module,
                 self._made,
                 target=self.target,
@@ -212,10 +212,11 @@ class Adapter(MethodCallback):
                 layers=self.layers,
                 seed=self.seed,
             )
-            self._driver = self.make_driver(self._injected)
-            self._own = self._driver.trains(self._injected.names)
+            if self._driver is None or adapter is not self._injected:
+                self._injected, self._driver = adapter, self.make_driver(adapter)
+            self._own = self._driver.trains(adapter.names)
             parameters = named_parameters(pl_module)
-            set_flags(parameters, dict.fromkeys(self._injected.names - self._own, False))
+            set_flags(parameters, dict.fromkeys(adapter.names - self._own, False))
             if self._is_first:
                 self._wrap_steps()
 

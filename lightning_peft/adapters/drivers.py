@@ -149,6 +149,10 @@ def driver_for(handle: PeftModel, adapter_name: str) -> Driver:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind == "ADALORA":
         return AdaLoRADriver(handle, adapter_name)
+    if getattr(config, "use_asa", False):
+        from lightning_peft.adapters.adamss import AdaMSSDriver
+
+        return AdaMSSDriver(handle, adapter_name)
     if getattr(config, "kasa_config", None):
         return LossDriver(handle, adapter_name, "_get_kasa_loss")
     if getattr(config, "monteclora_config", None):
