@@ -52,6 +52,8 @@ _PUBLIC: dict[str, str] = {
     "IntTune": "lightning_peft.adapters.native.presets",
     "LoLDU": "lightning_peft.adapters.native.presets",
     "SSF": "lightning_peft.adapters.native.ssf",
+    "IncreLoRA": "lightning_peft.adapters.native.increlora",
+    "TriAdaptLoRA": "lightning_peft.adapters.native.triadapt_lora",
     "SeriesAdapter": "lightning_peft.adapters.native.bottleneck",
     "ParallelAdapter": "lightning_peft.adapters.native.bottleneck",
     "Compacter": "lightning_peft.adapters.native.compacter",
@@ -65,6 +67,7 @@ _PUBLIC: dict[str, str] = {
     "MiSS": "lightning_peft.adapters.presets",
     "OFT": "lightning_peft.adapters.presets",
     "PiSSA": "lightning_peft.adapters.presets",
+    "Poly": "lightning_peft.adapters.poly",
     "PrefixTuning": "lightning_peft.adapters.presets",
     "PromptTuning": "lightning_peft.adapters.presets",
     "VeRA": "lightning_peft.adapters.presets",
@@ -97,9 +100,12 @@ if TYPE_CHECKING:
     from lightning_peft.adapters.lora_plus import LoRAPlus
     from lightning_peft.adapters.native.bottleneck import ParallelAdapter, SeriesAdapter
     from lightning_peft.adapters.native.compacter import Compacter
+    from lightning_peft.adapters.native.increlora import IncreLoRA
     from lightning_peft.adapters.native.lora_sb import LoRASBConfig, calibrate_lora_sb
     from lightning_peft.adapters.native.presets import IntTune, LoLDU, LoRAXS, NLoRA, SLoRA
     from lightning_peft.adapters.native.ssf import SSF
+    from lightning_peft.adapters.native.triadapt_lora import TriAdaptLoRA
+    from lightning_peft.adapters.poly import Poly
     from lightning_peft.adapters.presets import (
         IA3,
         OFT,

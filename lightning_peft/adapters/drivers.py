@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_peft.core.param_groups import scale_learning_rate, split_param_groups
+
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["AdaLoRADriver", "Driver", "LossDriver", "driver_for"]
+__all__ = ["AdaLoRADriver", "Driver", "LossDriver", "driver_for", "scale_rates"]
 
 
 class Driver:
@@ -143,12 +146,33 @@ class AdaLoRADriver(Driver):
         self._config.rank_pattern = state["rank_pattern"]
 
 
+def scale_rates(trainer: Trainer, parameters: Iterable[Tensor], ratio: float) -> None:
+    """Multiply the learning rate of some parameters, in whatever group of whatever optimizer, with its schedule."""
+    chosen = {id(parameter) for parameter in parameters}
+
+    def is_chosen(parameter: Tensor) -> bool:
+        return id(parameter) in chosen
+
+    schedulers = [config.scheduler for config in trainer.strategy.lr_scheduler_configs]
+    for optimizer in trainer.strategy.optimizers:
+        split_param_groups(optimizer, schedulers, is_chosen)
+        for index, group in enumerate(optimizer.param_groups):
+            if group["params"] and is_chosen(group["params"][0]):
+                scale_learning_rate(optimizer, schedulers, index, ratio)
+
+
 def driver_for(handle: PeftModel, adapter_name: str) -> Driver:
     """Return what drives an adapter."""
     config: Any = handle.peft_config[adapter_name]
+    if hasattr(config, "make_driver"):  # of this package's own methods
+        return config.make_driver(handle, adapter_name)
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind == "ADALORA":
         return AdaLoRADriver(handle, adapter_name)
+    if kind == "POLY":
+        from lightning_peft.adapters.poly import PolyDriver
+
+        return PolyDriver(handle, adapter_name)
     if getattr(config, "use_asa", False):
         from lightning_peft.adapters.adamss import AdaMSSDriver
 

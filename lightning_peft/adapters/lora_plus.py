@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
-from torch import nn
 from typing_extensions import override
 
 from lightning_peft.adapters.adapter import Adapter
-from lightning_peft.adapters.drivers import Driver
+from lightning_peft.adapters.drivers import Driver, scale_rates
 from lightning_peft.adapters.injection import Injected
 from lightning_peft.adapters.presets import lora_config
-from lightning_peft.core.param_groups import scale_learning_rate, split_param_groups
 from lightning_peft.errors import ConfigError
 
 __all__ = ["LoRAPlus", "LoRAPlusDriver"]
@@ -38,20 +36,8 @@ class LoRAPlusDriver(Driver):
     @override
     def prepare_optimizers(self, trainer: Trainer) -> None:
         """Cut the parameter groups in two and scale the learning rate of the second, with its schedule."""
-        model = self.handle.get_base_model()
-        upper = {
-            id(parameter) for name, parameter in model.named_parameters() if f".lora_B.{self.adapter_name}." in name
-        }
-
-        def is_upper(parameter: nn.Parameter) -> bool:
-            return id(parameter) in upper
-
-        schedulers = [config.scheduler for config in trainer.strategy.lr_scheduler_configs]
-        for optimizer in trainer.strategy.optimizers:
-            split_param_groups(optimizer, schedulers, is_upper)
-            for index, group in enumerate(optimizer.param_groups):
-                if group["params"] and is_upper(group["params"][0]):
-                    scale_learning_rate(optimizer, schedulers, index, self.lr_ratio)
+        named = self.handle.get_base_model().named_parameters()
+        scale_rates(trainer, (p for name, p in named if f".lora_B.{self.adapter_name}." in name), self.lr_ratio)
 
 
 class LoRAPlus(Adapter):

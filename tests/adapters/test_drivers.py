@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from peft import PeftModel
 
-from lightning_peft import AdaMSS, Adapter
+from lightning_peft import AdaMSS, Adapter, Poly
 from lightning_peft.adapters.adamss import num_kept
 from lightning_peft.errors import ConfigError
 from tests.adapters.test_adapter import SaveAll, fit, pytestmark  # noqa: F401
-from tests.contract.harness import Probe, TinyModule, assert_same_weights, weights
+from tests.contract.harness import Probe, TinyModule, _pretrained, assert_same_weights, loader, weights
 
 MODEL = "gqa_decoder"
 
@@ -114,3 +116,105 @@ def test_adamss_mistakes() -> None:
         AdaMSS(target_subspaces=0)
     with pytest.raises(ConfigError, match="final_warmup"):
         AdaMSS(target_subspaces=3, start_step=200, end_step=200)
+
+
+# ---------------------------------------------------------------------------------------------------- Poly
+
+
+class ByTask(TinyModule):
+    """The batch is a mapping with the task of each row."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return {"input_ids": batch[0], "labels": batch[0], "task": batch[1]}
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return self.model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
+
+
+def poly(**options: Any) -> Poly:
+    return Poly(5, **{"num_skills": 3, "rank": 2, "task_ids": "task", "layers": "*.up_proj", **options})
+
+
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_poly_mixes_skills_by_the_task_of_each_row(num_splits: int, tmp_path: Path) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    class Looks(ByTask):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            layer = self.model.model.layers[1].mlp.up_proj
+            with layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out, batch["task"]))):
+                self.loss(batch)
+
+    def make() -> Poly:
+        return poly(num_splits=num_splits, router_lr_ratio=30.0)
+
+    adapter = make()
+    module, run = fit(tmp_path, adapter, SaveAll(tmp_path), module=Looks(MODEL))
+    layer = module.model.model.layers[1].mlp.up_proj
+    parameters = [p for n, p in module.named_parameters() if n in adapter.trainable_names]
+    assert sum(p.numel() for p in parameters) == 4 * (3 * 2 * (8 + 12) + 5 * 3 * num_splits)
+
+    seen.clear()
+    run.validate(module, run.val_dataloaders, verbose=False)
+    a, b = layer.poly_lora_A["default"], layer.poly_lora_B["default"]
+    logits = layer.poly_router["default"].module_logits
+    assert b.abs().max() > 0.01
+    assert logits.abs().max() > 0.05  # the routers learn too
+    for values in seen:
+        x, out, tasks = (value.clone() for value in values)
+        for row, task in enumerate(tasks):
+            share = torch.sigmoid(logits[task]).view(num_splits, 3)
+            share = share / share.sum(1, keepdim=True)
+            mixed_a = torch.cat([sum(share[q, s] * a[q, s] for s in range(3)) for q in range(num_splits)])
+            mixed_b = torch.cat([sum(share[q, s] * b[q, s] for s in range(3)) for q in range(num_splits)], 1)
+            expected = layer.base_layer(x[row]) + x[row] @ mixed_a @ mixed_b / 2
+            torch.testing.assert_close(out[row], expected, rtol=1e-4, atol=1e-6)
+    assert len({int(task) for *_, tasks in seen for task in tasks}) > 1
+
+    points = sorted(tmp_path.glob("*.ckpt"))
+    for point in (points[2], points[5]):
+        again, _ = fit(tmp_path, make(), module=Looks(MODEL), ckpt=point)
+        assert_same_weights(weights(again), weights(module))
+    assert not any(name in vars(module) for name in ("training_step", "validation_step"))
+    with pytest.raises(ValueError, match="task_ids should not be None"):  # outside a step: peft's own word
+        module.model(input_ids=torch.zeros(1, 3, dtype=torch.long))
+
+
+def test_poly_by_position_and_with_peft_alone(tmp_path: Path) -> None:
+    adapter = poly(task_ids=1)
+    fit(tmp_path, adapter)  # the batch is a pair
+    folder = adapter.export(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(_pretrained(MODEL)), str(folder)).eval()
+    x, y = next(iter(loader(MODEL)))
+    expected = adapter.handle.eval().base_model(input_ids=x, task_ids=y, use_cache=False).logits
+    assert torch.equal(loaded.base_model(input_ids=x, task_ids=y, use_cache=False).logits, expected)
+    assert not torch.equal(loaded.base_model(input_ids=x, task_ids=(y + 1) % 5, use_cache=False).logits, expected)
+
+
+class Doubled(ByTask):
+    def loss(self, batch: Any) -> torch.Tensor:
+        return super().loss({name: torch.cat([value, value]) for name, value in batch.items()})
+
+
+@pytest.mark.parametrize(
+    ("options", "module", "message"),
+    [
+        ({"task_ids": "tsk"}, ByTask, r"task_ids='tsk'.*input_ids, labels, task.*Did you mean 'task'"),
+        ({"task_ids": "input_ids"}, ByTask, r"one whole number per row.*\(2, 7\)"),
+        ({"task_ids": "task"}, TinyModule, r"the batch is a list .*position|the batch is a tuple .*position"),
+        ({"task_ids": 2}, TinyModule, "a sequence of 2 and has no such entry"),
+        ({"num_tasks": 2}, ByTask, "with 2 tasks they go from 0 to 1"),
+        ({}, Doubled, "a layer got 4 rows and the batch has 2 task ids"),
+    ],
+)
+def test_poly_without_the_right_ids(options: Any, module: Any, message: str, tmp_path: Path) -> None:
+    adapter = Poly(**{"num_tasks": 5, "task_ids": "task", "layers": "*.up_proj", **options})
+    with pytest.raises(ConfigError, match=message):
+        fit(tmp_path, adapter, module=module(MODEL))
+
+
+def test_poly_mistakes() -> None:
+    with pytest.raises(ConfigError, match=r"num_tasks=0, rank=1.5"):
+        Poly(0, rank=1.5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="above 0"):
+        Poly(3, router_lr_ratio=0)
