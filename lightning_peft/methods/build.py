@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from lightning.pytorch import LightningModule
 
+from lightning_peft.core.instance import replace_on
+
 __all__ = ["when_built"]
 
 
@@ -15,15 +17,11 @@ def when_built(module: LightningModule, action: Callable[[], object]) -> None:
     Lightning runs ``configure_model`` for every stage, also where the user does not override it, if the instance has
     one. The instance has its own again before the action runs. Of several actions the first asked for runs first.
     """
-    previous = module.__dict__.get("configure_model")
     original = module.configure_model
 
     def configure_model() -> None:
-        if previous is None:
-            module.__dict__.pop("configure_model", None)
-        else:
-            module.configure_model = previous
+        undo()
         original()
         action()
 
-    module.configure_model = configure_model
+    undo = replace_on(module, configure_model=configure_model)

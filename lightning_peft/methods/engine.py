@@ -33,6 +33,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_peft.core.blocks import Structure, find_structure
 from lightning_peft.core.clock import OptimizerStepClock
+from lightning_peft.core.instance import replace_on
 from lightning_peft.core.names import named_parameters
 from lightning_peft.core.plan import Claim, check_disjoint, fingerprint_names
 from lightning_peft.core.rng import get_rng_state, set_rng_state
@@ -105,15 +106,9 @@ class Engine:
         self.finish()
         self._resume = None
         strategy = self._trainer.strategy
-        previous = strategy.__dict__.get("setup")
+        self._guard: StrategyGuard = guard_for(strategy)
+        self._guard.attach()
         original = strategy.setup
-
-        def undo() -> None:
-            if previous is None:
-                strategy.__dict__.pop("setup", None)
-            else:
-                strategy.setup = previous
-            self._undo_setup = None
 
         def setup(trainer: Trainer) -> None:
             undo()
@@ -121,11 +116,9 @@ class Engine:
             original(trainer)
             self._after_wrap()
 
-        self._undo_setup = undo
-        strategy.setup = setup
+        undo = self._undo_setup = replace_on(strategy, setup=setup)
 
     def _before_wrap(self) -> None:
-        self._guard: StrategyGuard = guard_for(self._trainer.strategy)
         with self._guard.whole_parameters():
             structure = find_structure(self._trainer.lightning_module)
             self._user_flags = {name: p.requires_grad for name, p in structure.parameters.items()}

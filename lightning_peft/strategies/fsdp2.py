@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     MixedPrecisionPolicy,
@@ -47,6 +47,7 @@ from lightning_peft.strategies.sharding import (
     checkpoint_activations,
     find_blocks,
     is_sharded_model,
+    lay_out_processes,
     no_gradient_sync,
     same_on_all_ranks,
     shard_model,
@@ -198,14 +199,11 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"FSDP2Strategy: num_replicas={replicas} does not divide the {data} data-parallel processes."
             )
         self._data_parallel_size = data
-        super().setup_environment()
-        if replicas > 1:
-            names = ("replicate", "shard", "tensor_parallel")
-            mesh = init_device_mesh(self.root_device.type, (replicas, data // replicas, tensor), mesh_dim_names=names)
-            mesh["replicate", "shard"]._flatten("data_parallel")
-            self._device_mesh = mesh
-            assert self.lightning_module is not None
-            self.lightning_module._device_mesh = mesh
+        super(ModelParallelStrategy, self).setup_environment()
+        self._setup_distributed()
+        self._device_mesh = lay_out_processes(self.root_device.type, replicas, data // replicas, tensor)
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._device_mesh
 
     def _get_process_group_backend(self) -> str:
         if self._process_group_backend is None and self.cpu_offload and self.root_device.type == "cuda":

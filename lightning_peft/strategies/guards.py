@@ -51,6 +51,9 @@ class StrategyGuard:
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
 
+    def attach(self) -> None:
+        """Called when a fit is set up, before anything else wraps the strategy's saving and loading."""
+
     @contextmanager
     def whole_parameters(self) -> Iterator[None]:
         """Show each parameter in its whole shape, before wrapping."""
@@ -173,8 +176,12 @@ class FSDP2Guard(_ShardingGuard):
         self.before_switch()
         yield
 
+    def attach(self) -> None:
+        """Make saving and loading right."""
+        keep_partial_state(self.strategy)
+
     def wrapped(self, parameters: Mapping[str, nn.Parameter], selectable: Collection[str]) -> None:
-        """Check that every parameter that may train is sharded, and make saving and loading right."""
+        """Check that every parameter that may train is sharded, and start FSDP2 as if all of them trained."""
         strategy = self.strategy
         left_out = [name for name, p in parameters.items() if name in selectable and not is_sharded(p)]
         num_replicas = strategy.device_mesh["data_parallel"].size()
@@ -194,7 +201,6 @@ class FSDP2Guard(_ShardingGuard):
             )
         assert strategy.model is not None
         lazy_init_all_trainable(strategy.model)
-        keep_partial_state(strategy)
 
     def before_switch(self) -> None:
         """Bring the sharded parameters back into their modules."""
@@ -274,12 +280,15 @@ class FSDP1Guard(_ShardingGuard):
             )
         yield
 
+    def attach(self) -> None:
+        """Make saving and loading right."""
+        keep_partial_state_fsdp1(self.strategy, self.merge)
+
     def wrapped(self, parameters: Mapping[str, nn.Parameter], selectable: Collection[str]) -> None:
-        """Check all units, and make loading a checkpoint without any optimizer state work."""
+        """Check all units."""
         assert self.strategy.model is not None
         if any(_is_fsdp1(child) and not child._use_orig_params for child in self.strategy.model.modules()):
             raise self._no_orig_params()
-        keep_partial_state_fsdp1(self.strategy, self.merge)
 
     def put_gradients(self, parameters: Mapping[str, nn.Parameter], saved: Mapping[str, torch.Tensor]) -> None:
         """Make the gradients those of an accumulation window, which lie unsharded in one tensor per unit."""

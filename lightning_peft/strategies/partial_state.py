@@ -47,6 +47,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from lightning_peft.core.instance import replace_on
 from lightning_peft.core.masters import original
 from lightning_peft.core.names import named_parameters
 from lightning_peft.core.sharded import local
@@ -592,34 +593,26 @@ def _no_optimizer_state(path: Path) -> ResumeMismatch:
 def keep_partial_state(strategy: ModelParallelStrategy) -> Callable[[], None]:
     """Make ``strategy`` save and load partial optimizer states exactly, by methods on this one object.
 
-    A strategy that says so itself (``saves_partial_state = True``) and one that has it attached are left alone.
+    A strategy that says so itself (``saves_partial_state = True``) and one that has it attached are left alone. Attach
+    it before anything else that wraps the strategy's loading: it does not call what was there.
 
     Returns:
         A function that takes it off again.
     """
     if getattr(strategy, "saves_partial_state", False):
         return lambda: None
-    own: dict[str, Any] = vars(strategy)
-    before = {name: own[name] for name in ("optimizer_state", "save_checkpoint", "load_checkpoint") if name in own}
     save = strategy.save_checkpoint
 
     def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         record_partial_state(strategy, checkpoint)
         save(checkpoint, filepath, storage_options)
 
-    attached: dict[str, Any] = {
-        "optimizer_state": lambda optimizer: optimizer_state(strategy, optimizer),
-        "save_checkpoint": save_checkpoint,
-        "load_checkpoint": lambda checkpoint_path, weights_only=None: load_checkpoint(
+    return replace_on(
+        strategy,
+        optimizer_state=lambda optimizer: optimizer_state(strategy, optimizer),
+        save_checkpoint=save_checkpoint,
+        load_checkpoint=lambda checkpoint_path, weights_only=None: load_checkpoint(
             strategy, checkpoint_path, weights_only
         ),
-        "saves_partial_state": True,
-    }
-    own.update(attached)
-
-    def detach() -> None:
-        for name in attached:
-            own.pop(name, None)
-        own.update(before)
-
-    return detach
+        saves_partial_state=True,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -25,6 +26,7 @@ __all__ = [
     "checkpoint_activations",
     "find_blocks",
     "is_sharded_model",
+    "lay_out_processes",
     "no_gradient_sync",
     "same_on_all_ranks",
     "shard_model",
@@ -33,6 +35,30 @@ __all__ = [
 ]
 
 _CHECKPOINTED = "_lightning_peft_checkpointed"
+_MESHES: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, int, int, int], DeviceMesh]]
+_MESHES = weakref.WeakKeyDictionary()
+
+
+def lay_out_processes(device_type: str, replicas: int, shards: int, tensor: int) -> DeviceMesh:
+    """Return all processes as a mesh with the dimensions ``data_parallel`` and ``tensor_parallel``.
+
+    With more than one replica, ``data_parallel`` is ``replicate`` times ``shard``. Every group of a mesh holds
+    communicators and threads until the process ends: strategies of one process, one after the other, share theirs.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    known = _MESHES.setdefault(world, {})
+    layout = (device_type, replicas, shards, tensor)
+    if layout not in known:
+        if replicas > 1:
+            names = ("replicate", "shard", "tensor_parallel")
+            mesh = init_device_mesh(device_type, (replicas, shards, tensor), mesh_dim_names=names)
+            mesh["replicate", "shard"]._flatten("data_parallel")
+        else:
+            names = ("data_parallel", "tensor_parallel")
+            mesh = init_device_mesh(device_type, (shards, tensor), mesh_dim_names=names)
+        known[layout] = mesh
+    return known[layout]
 
 
 def find_blocks(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, nn.Module]:

@@ -28,6 +28,7 @@ from tests.contract.harness import REPLACING_PHASES, ROWS, TinyModule, trainer
 from tests.distributed import ddp_probe
 from tests.distributed.ddp_probe import MODEL, Quiet, SaveEveryBatch, loader
 from tests.distributed.fsdp1_on_cpu import FSDPOnCPU
+from tests.distributed.launch import share_meshes
 
 STRATEGIES = ("fsdp1", "model_parallel", "fsdp2")
 UNSUPPORTED = {
@@ -280,4 +281,5 @@ def main(out: Path, strategy: str) -> None:
 
 
 if __name__ == "__main__":
+    share_meshes()
     main(Path(sys.argv[1]), sys.argv[2])

@@ -13,10 +13,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import PEQA, FSDP2Strategy, LowBitAdapters, QLoRA, QuantizedPrecision
+from lightning_peft import PEQA, FSDP2Strategy, LowBitAdapters, QLoRA, QuantizedPrecision, RandomTuning
 from lightning_peft.errors import ConfigError, UnsupportedStrategy
 from lightning_peft.precision import quantized_layers
 from lightning_peft.strategies.sharding import shards_integers
+from tests.distributed.launch import share_meshes
 from tests.precision.tiny import LoRAModule, rows, trainer
 
 STEPS = 5
@@ -80,13 +81,18 @@ def run(
     return fit
 
 
-def stock(sharded_files: bool = True) -> ModelParallelStrategy:
-    return ModelParallelStrategy(2, 1, save_distributed_checkpoint=sharded_files)
+def stock(save_distributed_checkpoint: bool = True) -> ModelParallelStrategy:
+    return ModelParallelStrategy(2, 1, save_distributed_checkpoint=save_distributed_checkpoint)
 
 
 def qlora() -> dict[str, Any]:
     """Epochs of two steps, so that a run resumes at the beginning of one, with a plain loader."""
     return {"callbacks": [QLoRA(rank=4, alpha=8, dropout=0.0)], "limit_train_batches": 2}
+
+
+def all_adapters() -> dict[str, Any]:
+    """Adapters that the user put in, chosen by a method that does not know of quantised weights."""
+    return {"callbacks": [RandomTuning(1.0, scope="adapters")], "limit_train_batches": 2}
 
 
 METHODS: dict[str, Any] = {
@@ -118,14 +124,19 @@ def main(out: Path) -> None:
             run(module, None, "ddp" if name == "ddp" else FSDP2Strategy(), callbacks=METHODS[method]())
             results[f"{method} {name}"] = result(module)
     for files in (True, False):
-        half = Recorded("bare")
-        first = run(half, "nf4", FSDP2Strategy(save_distributed_checkpoint=files), steps=2, **qlora())
-        path = out / f"half-{files}.ckpt"
-        first.save_checkpoint(path)
-        resumed = Recorded("bare")
-        strategy = FSDP2Strategy(save_distributed_checkpoint=files)
-        run(resumed, "nf4", strategy, steps=4, ckpt=path, **qlora())
-        results[f"resumed {files}"] = {"half": result(half), **result(resumed)}
+        for name, kind, make_module, make_callbacks in (
+            ("fsdp2", FSDP2Strategy, lambda: Recorded("bare"), qlora),
+            ("stock", stock, lambda: Recorded("quantize_first", shard=True), all_adapters),
+        ):
+            half = make_module()
+            strategy = kind(save_distributed_checkpoint=files)
+            first = run(half, "nf4", strategy, steps=2, **make_callbacks())
+            path = out / f"half-{name}-{files}.ckpt"
+            first.save_checkpoint(path)
+            resumed = make_module()
+            strategy = kind(save_distributed_checkpoint=files)
+            run(resumed, "nf4", strategy, steps=4, ckpt=path, **make_callbacks())
+            results[f"resumed {name} {files}"] = {"half": result(half), **result(resumed)}
     for name, mode, strategy, where in (
         ("late", "nf4", stock(), "configure"),
         ("int8", "int8", FSDP2Strategy(), "init"),
@@ -143,4 +154,5 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
+    share_meshes()
     main(Path(sys.argv[1]))

@@ -81,25 +81,24 @@ def test_peqa_and_low_bit_adapters_equal_one_process(method: str, strategy: str,
 
 
 @pytest.mark.parametrize("sharded_files", [True, False])
-def test_qlora_under_fsdp2_resumes(sharded_files: bool, ranks: list[dict[str, Any]]) -> None:
-    expected = single("nf4", "bare", steps=4, **probe.qlora())
-    for rank in ranks[:2]:
-        assert_equal(rank[f"resumed {sharded_files}"]["half"], single("nf4", "bare", 2, **probe.qlora()))
-    path = ranks[2]["files"] / f"half-{sharded_files}.ckpt"
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
-    if not sharded_files:
-        saved = torch.load(path, weights_only=False)
-        assert not [key for key in saved["state_dict"] if "base_layer.weight" in key]
-        assert len([key for key in saved["state_dict"] if "lora_" in key]) == 28
-    else:
-        assert size > 0
+@pytest.mark.parametrize("name", ["fsdp2", "stock"])
+def test_quantised_bases_resume_sharded(name: str, sharded_files: bool, ranks: list[dict[str, Any]]) -> None:
+    where, settings = ("bare", probe.qlora) if name == "fsdp2" else ("quantize_first", probe.all_adapters)
+    expected = single("nf4", where, steps=4, **settings())
+    half = single("nf4", where, steps=2, **settings())
+    path = ranks[2]["files"] / f"half-{name}-{sharded_files}.ckpt"
+    if sharded_files:
         from torch.distributed.checkpoint import FileSystemReader
 
-        keys = FileSystemReader(path).read_metadata().state_dict_metadata
-        assert not [key for key in keys if "base_layer.weight" in key]
-        assert len([key for key in keys if key.startswith("state_dict") and "lora_" in key]) == 28
+        metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+        keys = [key for key in metadata if key.startswith("state_dict")]
+    else:
+        keys = list(torch.load(path, weights_only=False)["state_dict"])
+    assert not [key for key in keys if "base_layer.weight" in key]
+    assert len([key for key in keys if "lora_" in key]) == 28
     for rank in ranks[:2]:
-        assert_equal(rank[f"resumed {sharded_files}"], expected, first=2)
+        assert_equal(rank[f"resumed {name} {sharded_files}"]["half"], half)
+        assert_equal(rank[f"resumed {name} {sharded_files}"], expected, first=2)
 
 
 def test_mistakes_are_said_on_every_rank(ranks: list[dict[str, Any]]) -> None:

@@ -23,6 +23,7 @@ from lightning_peft.strategies.partial_state import (
     refresh_dtypes,
     sharded_parameters,
 )
+from tests.distributed.launch import share_meshes
 
 WIDTH = 5  # rows do not divide by two ranks
 NUM_STEPS = 8
@@ -359,4 +360,5 @@ def main(task: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
+    share_meshes()
     main(sys.argv[1], Path(sys.argv[2]))
