@@ -12,10 +12,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from typing_extensions import override
 
+from lightning_peft.adapters.calibration import find_start
 from lightning_peft.adapters.config import make_config, plain_config
-from lightning_peft.adapters.drivers import Driver, driver_for
+from lightning_peft.adapters.drivers import Driver, FrozenDriver, driver_for
 from lightning_peft.adapters.frozen_base import attach_frozen_base, fingerprints
-from lightning_peft.adapters.injection import Injected, inject, injected
+from lightning_peft.adapters.injection import Injected, activate, inject, injected
 from lightning_peft.core.blocks import Structure
 from lightning_peft.core.draw import Draw
 from lightning_peft.core.names import named_parameters
@@ -54,14 +55,21 @@ class Adapter(MethodCallback):
     module again; :meth:`export` writes ``peft``'s own files.
 
     Args:
-        method: Name of a ``peft`` method (``"lora"``, ``"ia3"``, ``"vera"``, ...), or a ``PeftConfig``.
-        config: Options of the method, as ``peft`` calls them.
+        method: Name of a ``peft`` method (``"lora"``, ``"ia3"``, ``"vera"``, ...), a ``PeftConfig``, or the folder or hub
+            id of a saved adapter, to start from its values.
+        config: Options of the method, as ``peft`` calls them; over those of a saved adapter.
         target: Path of the submodule that gets the adapters.
         layers: Which layers get one: a scope (``"blocks"``, ``"*.q_proj"``, ``"class:Linear"``). None leaves it to
             ``target_modules`` in ``config``, or to what ``peft`` knows of the architecture.
         adapter_name: Name of the adapter; callbacks with different names put several into one target.
         always: What trains beside the adapters although it lies inside the target.
         seed: Of the initial values; the same on all ranks, whatever the global seed.
+        calibration_batches: Batches of the training data, at most, that a start from data is computed from (``"lora"``
+            with ``init_lora_weights`` ``"eva"``, ``"corda"`` or ``"lora_ga"``; ``"lora_sb"``). They are drawn at
+            random, each of the training loader's own batch size, the same on all ranks. 0: LoRA-SB waits for
+            :func:`~lightning_peft.calibrate_lora_sb`.
+        train: Whether it trains. False: it takes part in the forward pass as it is, and the checkpoint holds it.
+        active: Whether it takes part in the forward pass; one that does not cannot train.
 
     Raises:
         ConfigError: If the method or an option is unknown, with the nearest. From the fit, if ``peft`` refuses.
@@ -88,18 +96,33 @@ class Adapter(MethodCallback):
         adapter_name: str = "default",
         always: Sequence[str] = (),
         seed: int = 0,
+        calibration_batches: int = 8,
+        train: bool = True,
+        active: bool = True,
     ) -> None:
         super().__init__(scope="adapters", always=always, redraw="never", state="keep", seed=seed)
+        from lightning_peft.adapters.files import is_place, read_adapter_config
+
+        self._place = str(method) if is_place(method) else None
+        if self._place is not None:
+            method = read_adapter_config(self._place)
         self._made = make_config(method, config)
         self.method = str(getattr(self._made.peft_type, "value", self._made.peft_type)).lower()
         self.config = dict(config or {}) if isinstance(method, str) else plain_config(self._made)
         if not target:
             raise ConfigError("Adapter(target=''): name a submodule of the LightningModule, such as 'model'.")
-        if layers is not None and "target_modules" in (config or {}):
-            raise ConfigError("Adapter: layers and config['target_modules'] both say which layers get an adapter.")
+        if layers is not None and (self._place is not None or "target_modules" in (config or {})):
+            said = "config['target_modules']" if self._place is None else f"the adapter saved in {self._place!r}"
+            raise ConfigError(f"Adapter: layers and {said} both say which layers get an adapter.")
+        if train and not active:
+            raise ConfigError(
+                "Adapter(active=False): what takes no part in the forward pass gets no gradient. Say train=False too."
+            )
         self.target = target
         self.layers = layers if layers is None or isinstance(layers, str) else list(layers)
         self.adapter_name = adapter_name
+        self.calibration_batches = calibration_batches
+        self.train, self.active = train, active
         self._injected: Injected | None = None
         self._driver: Driver | None = None
         self._own: frozenset[str] = frozenset()
@@ -118,6 +141,19 @@ class Adapter(MethodCallback):
         if self._injected is None:
             raise ConfigError("The adapter is put in by fit, validate, test or predict, and none has run yet.")
         return self._injected.handle
+
+    @classmethod
+    def from_pretrained(cls, place: str | Path, **options: Any) -> Adapter:
+        """Start from a saved adapter: ``Adapter(place, **options)``.
+
+        Args:
+            place: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or a hub id.
+            options: As of :class:`Adapter`.
+
+        Raises:
+            ConfigError: If there is no adapter, with the nearest folder that is one.
+        """
+        return Adapter(str(place), **options)
 
     def export(self, folder: str | Path) -> Path:
         """Write ``adapter_model.safetensors`` and ``adapter_config.json``, as ``PeftModel.from_pretrained`` reads them.
@@ -201,9 +237,27 @@ class Adapter(MethodCallback):
         self._base = None
 
         def build() -> None:
+            from lightning_peft.adapters.files import load_adapter_weights
+
             prepare = getattr(trainer.precision_plugin, "prepare", None)
             if prepare is not None:  # quantise first
                 prepare(pl_module)
+            start, waits = find_start(
+                trainer,
+                pl_module,
+                self._made,
+                target=self.target,
+                adapter_name=self.adapter_name,
+                layers=self.layers,
+                num_batches=self.calibration_batches,
+                seed=self.seed,
+                label=self.label,
+            )
+            if self._is_first:
+                self._wrap_steps()
+            if waits:
+                return
+            is_new = (self.target, self.adapter_name) not in injected(pl_module)
             adapter = inject(
                 pl_module,
                 self._made,
@@ -211,14 +265,20 @@ class Adapter(MethodCallback):
                 adapter_name=self.adapter_name,
                 layers=self.layers,
                 seed=self.seed,
+                start=start,
             )
+            if is_new and self._place is not None:
+                load_adapter_weights(adapter, self._place)
             if self._driver is None or adapter is not self._injected:
-                self._injected, self._driver = adapter, self.make_driver(adapter)
+                driver = self.make_driver(adapter)
+                self._injected, self._driver = adapter, driver if self.train else FrozenDriver(driver)
+            adapter.is_active = self.active
+            activate(pl_module, self.target)
             self._own = self._driver.trains(adapter.names)
             parameters = named_parameters(pl_module)
-            set_flags(parameters, dict.fromkeys(adapter.names - self._own, False))
-            if self._is_first:
-                self._wrap_steps()
+            for each in adapters:  # peft has made all adapters of the target trainable
+                if each._injected is not None and each._injected.is_in(pl_module):
+                    set_flags(parameters, {name: name in each._own for name in each._injected.names})
 
         when_built(pl_module, build)
         if self._is_first:
@@ -309,7 +369,7 @@ class Adapter(MethodCallback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
-        self._unwrap_steps()
+        Adapter.finished(self)
 
     @override
     def on_before_optimizer_step(
@@ -342,9 +402,4 @@ def _add_loss(output: Any, extra: torch.Tensor | None) -> Any:
 
 
 def _record(root: nn.Module) -> dict[str, Any]:
-    return {
-        "adapters": [
-            {"target": each.target, "adapter_name": each.adapter_name, "config": each.config, "seed": each.seed}
-            for each in injected(root).values()
-        ]
-    }
+    return {"adapters": [each.record() for each in injected(root).values()]}

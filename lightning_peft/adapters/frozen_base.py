@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
+from lightning_peft.adapters.injection import injected
 from lightning_peft.core.names import clean_name, named_parameters, parameter_aliases
 from lightning_peft.core.sharded import whole
 from lightning_peft.core.trainable import parameter_fingerprints
@@ -27,9 +28,17 @@ _ATTACHED = "_lightning_peft_frozen_base"
 
 
 def fingerprints(root: nn.Module, names: Iterable[str]) -> dict[str, int]:
-    """Return an integer per parameter that changes with its bits; sharded ones are gathered, one at a time."""
+    """Return an integer per parameter that changes with its bits; sharded ones are gathered, one at a time.
+
+    Of a parameter that an adapter's start from data has changed, what it was and how it was changed count.
+    """
     parameters = named_parameters(root)
-    return {name: parameter_fingerprints([whole(parameters[name])])[0] for name in names if name in parameters}
+    marks = {name: mark for adapter in injected(root).values() for name, mark in adapter.base_marks.items()}
+    return {
+        name: marks[name] if name in marks else parameter_fingerprints([whole(parameters[name])])[0]
+        for name in names
+        if name in parameters
+    }
 
 
 def check_base(root: nn.Module, saved: Mapping[str, int]) -> None:

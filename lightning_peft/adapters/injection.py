@@ -8,29 +8,34 @@ work by another ``forward`` and do take the model's place.
 from __future__ import annotations
 
 import copy
+import fnmatch
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.adapters.config import plain_config
+from lightning_peft.adapters.conversion import initial_factors, weights_before
 from lightning_peft.core.blocks import find_structure
 from lightning_peft.core.names import named_parameters
+from lightning_peft.core.quantized import is_quantized
 from lightning_peft.core.scope import match_names
-from lightning_peft.errors import ConfigError, ScopeError, suggest
+from lightning_peft.errors import ConfigError, LightningPeftError, ScopeError, suggest
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-__all__ = ["Injected", "inject", "injected", "layer_paths"]
+    from lightning_peft.adapters.calibration import Start
+
+__all__ = ["Injected", "activate", "asked_for", "inject", "injected", "layer_paths", "module_paths"]
 
 _MARK = "_lightning_peft_adapters"
 _IN_PLACE_OF_THE_MODEL = ("ADAPTION_PROMPT", "SHADOW", "XLORA")
-_DATA_DRIVEN = {"eva": "EVA", "corda": "CorDA", "lora_ga": "LoRA-GA", "loftq": "LoftQ"}
+_DATA_DRIVEN = {"eva": "EVA", "corda": "CorDA", "lora_ga": "LoRA-GA"}
 
 
 @dataclass
@@ -44,6 +49,11 @@ class Injected:
         seed: Of the initial values.
         handle: ``peft``'s model over the target.
         names: Clean names, from the LightningModule, of the parameters that the adapter trains.
+        initial_factors: Of a start that was subtracted from the base (PiSSA, OLoRA, CorDA, LoRA-GA, KaSA): path of the
+            layer, below the target, -> A and B as they were, on the CPU; the base is ``W - scaling B A``.
+        base_marks: Clean names of the parameters that were changed so, with a fingerprint of what they were and of
+            the factors.
+        from_data: Whether it started from data, so that a checkpoint has to say how.
     """
 
     target: str
@@ -52,11 +62,30 @@ class Injected:
     seed: int
     handle: PeftModel = field(repr=False)
     names: frozenset[str] = field(repr=False, default=frozenset())
+    initial_factors: dict[str, tuple[Tensor, Tensor]] = field(repr=False, default_factory=dict)
+    base_marks: dict[str, int] = field(repr=False, default_factory=dict)
+    from_data: bool = False
+    is_active: bool = True
+    """Whether it takes part in the forward pass; :func:`activate` brings it into force."""
 
     @property
     def config(self) -> dict[str, Any]:
         """The configuration as it came out of the injection (ranks, targets), as plain values."""
         return plain_config(self.handle.peft_config[self.adapter_name])
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint notes, as plain values and tensors: enough to put the adapter in again."""
+        entry = {
+            "target": self.target,
+            "adapter_name": self.adapter_name,
+            "config": self.config,
+            "seed": self.seed,
+            "active": self.is_active,
+        }
+        if self.from_data:
+            factors = {path: list(pair) for path, pair in self.initial_factors.items()}
+            entry["start"] = {"asked": self.asked, "factors": factors}
+        return entry
 
     def is_in(self, root: nn.Module) -> bool:
         """Whether ``root`` still has the model that the adapter was put into."""
@@ -65,6 +94,11 @@ class Injected:
         except AttributeError:
             return False
         return present is self.handle or present is self.handle.get_base_model()
+
+
+def asked_for(config: PeftConfig, layers: str | Sequence[str] | None) -> dict[str, Any]:
+    """Return the settings of an adapter as plain values, before anything has been made of them."""
+    return {**plain_config(config), "layers": layers if layers is None or isinstance(layers, str) else list(layers)}
 
 
 def injected(root: nn.Module) -> dict[tuple[str, str], Injected]:
@@ -81,6 +115,7 @@ def inject(
     adapter_name: str = "default",
     layers: str | Sequence[str] | None = None,
     seed: int = 0,
+    start: Start | None = None,
 ) -> Injected:
     """Put an adapter into ``root.<target>``; if it is there already, return it.
 
@@ -95,12 +130,13 @@ def inject(
         layers: Which layers get an adapter, as a scope of ``root``. None leaves it to ``config.target_modules``, or
             to what ``peft`` knows of the architecture.
         seed: Of the initial values; the same on all ranks.
+        start: Where a start from data comes from, for EVA, CorDA, LoRA-GA and LoRA-SB.
 
     Raises:
         ConfigError: If there is another adapter of this name, or ``peft`` refuses, with its reason.
         ScopeError: If ``target`` or ``layers`` names nothing.
     """
-    asked = {**plain_config(config), "layers": layers if layers is None or isinstance(layers, str) else list(layers)}
+    asked = asked_for(config, layers)
     present = injected(root)
     found = present.get((target, adapter_name))
     if found is not None:
@@ -113,26 +149,33 @@ def inject(
         return found
     base = _submodule(root, target)
     config = copy.deepcopy(config)
-    init = getattr(config, "init_lora_weights", None)
-    if str(init).lower() in _DATA_DRIVEN:
-        raise ConfigError(
-            f"init_lora_weights={init!r} ({_DATA_DRIVEN[str(init).lower()]}) needs a pass over data before training, "
-            "which Adapter does not drive. Use True, 'gaussian', 'orthogonal', 'olora', 'pissa' or 'pissa_niter_16'."
-        )
-    if layers is not None:
-        paths = layer_paths(root, layers, target, getattr(config, "takes", None))
-        config.target_modules = "|".join(re.escape(path) for path in paths)  # type: ignore
     siblings = [adapter for (path, _), adapter in present.items() if path == target]
+    _check_init(base, config, bool(siblings), start)
+    if layers is not None:
+        places = getattr(config, "places", None)
+        if places is None:
+            paths = layer_paths(root, layers, target, getattr(config, "takes", None))
+        else:
+            paths = module_paths(root, layers, target, places)
+        config.target_modules = "|".join(re.escape(path) for path in paths)  # type: ignore
     flags = {name: p.requires_grad for name, p in named_parameters(root).items()}
+    before = weights_before(base, asked)
     mesh = root.__dict__.pop("_device_mesh", None)  # peft takes Lightning's for one of transformers
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
             # peft asks transformers by an old name
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             warnings.filterwarnings("ignore", ".*rank_pattern keys", RuntimeWarning)  # AdaLoRA's are of another kind
-            torch.manual_seed(seed)
-            handle = _apply(base, config, adapter_name, siblings)
-    except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError) as error:
+            warnings.filterwarnings("ignore", ".*lora with eva initialization", UserWarning)  # that it needs memory
+
+            def apply(config: PeftConfig) -> PeftModel:
+                torch.manual_seed(seed)
+                return _apply(base, config, adapter_name, siblings)
+
+            handle = apply(config) if start is None else start.put_in(root, base, config, adapter_name, apply)
+    except LightningPeftError:
+        raise
+    except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, ImportError) as error:
         raise ConfigError(f"peft cannot put {config.peft_type} into {target!r}: {_reason(error)}") from error
     finally:
         if mesh is not None:
@@ -152,8 +195,32 @@ def inject(
         if not (name == target or name.startswith(f"{target}.")) and name in flags:
             parameter.requires_grad_(flags[name])
     adapter = Injected(target, adapter_name, asked, seed, handle, names)
+    if start is not None:
+        adapter.asked, adapter.from_data = start.asked or asked, True
+        adapter.initial_factors, adapter.base_marks = start.factors, start.base_marks
+    else:
+        adapter.initial_factors = initial_factors(handle, adapter_name, before)
     object.__setattr__(root, _MARK, {**root.__dict__.get(_MARK, {}), (target, adapter_name): adapter})
     return adapter
+
+
+def activate(root: nn.Module, target: str) -> None:
+    """Let exactly the adapters of a target take part in its forward pass that say so; ``requires_grad`` stays.
+
+    Raises:
+        ConfigError: If one that is not active is of a kind that takes the model's place.
+    """
+    adapters = [adapter for (path, _), adapter in injected(root).items() if path == target]
+    active = [adapter.adapter_name for adapter in adapters if adapter.is_active]
+    tuner: Any = adapters[0].handle.base_model if adapters else None
+    if active == list(getattr(tuner, "active_adapters", active)):
+        return
+    if _takes_its_place(adapters[0].handle.peft_config[adapters[0].adapter_name]):
+        raise ConfigError("An adapter that takes the model's place is always active: leave active=True.")
+    flags = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+    tuner.set_adapter(active)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
 
 
 def layer_paths(
@@ -193,9 +260,89 @@ def layer_paths(
     return list(chosen)
 
 
+def module_paths(root: nn.Module, layers: str | Sequence[str], target: str, places: Mapping[str, str]) -> list[str]:
+    """Return the paths, below ``target``, of modules of any kind.
+
+    Args:
+        root: The LightningModule.
+        layers: Names of ``places``, ``"blocks"``, or paths, globs, ``re:`` and ``class:`` patterns of modules of
+            ``root``; ``!`` before one takes its modules away.
+        target: Path of the submodule.
+        places: Name -> regular expression of module paths.
+
+    Raises:
+        ScopeError: If an entry names no module with parameters, or a module inside another that is named.
+    """
+    structure = find_structure(root)
+    prefix = f"{target}." if target else ""
+    inside = tuple(f"{path}." for path, module in structure.modules.items() if hasattr(module, "adapter_layer_names"))
+    known = {
+        path.removesuffix(".base_layer"): module
+        for path, module in structure.modules.items()
+        if path.startswith(prefix) and any(True for _ in module.parameters())
+        if not path.startswith(inside) or path.endswith(".base_layer")
+    }
+    chosen: dict[str, None] = {}
+    for entry in [layers] if isinstance(layers, str) else layers:
+        wanted = entry.removeprefix("!")
+        found = _match_modules(wanted, known, {block.name for block in structure.blocks}, places)
+        if not found:
+            raise ScopeError(
+                f"layers={entry!r} names no module with parameters in {target!r}. "
+                + suggest(wanted, [*places, "blocks", *known])
+            )
+        for path in found:
+            if entry.startswith("!"):
+                chosen.pop(path, None)
+            else:
+                chosen[path] = None
+    for path in chosen:
+        outer = [other for other in chosen if path.startswith(f"{other}.")]
+        if outer:
+            raise ScopeError(f"layers={layers!r} names {outer[0]!r} and {path!r} inside it. Name one of them.")
+    return [path[len(prefix) :] for path in chosen]
+
+
+def _match_modules(
+    entry: str, known: Mapping[str, nn.Module], blocks: set[str], places: Mapping[str, str]
+) -> list[str]:
+    if entry == "blocks":
+        return [path for path in known if path in blocks]
+    if entry.startswith("class:"):
+        return [path for path, module in known.items() if type(module).__name__ == entry[6:]]
+    if entry in places:
+        return [path for path in known if re.fullmatch(places[entry], path, re.IGNORECASE)]
+    if entry.startswith("re:"):
+        return [path for path in known if re.fullmatch(entry[3:], path)]
+    return [path for path in known if fnmatch.fnmatchcase(path, entry)]
+
+
 def _is_layer(module: nn.Module) -> bool:
     known = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
     return isinstance(module, known) or type(module).__name__ == "Conv1D"  # of transformers, GPT-2
+
+
+def _check_init(base: nn.Module, config: Any, has_siblings: bool, start: Start | None) -> None:
+    init = str(getattr(config, "init_lora_weights", "")).lower()
+    if init in _DATA_DRIVEN:
+        if start is None:
+            raise ConfigError(
+                f"init_lora_weights={init!r} ({_DATA_DRIVEN[init]}) starts from a pass over data, which a fit with "
+                "Adapter runs; afterwards its checkpoint holds the start."
+            )
+        if has_siblings:
+            raise ConfigError(
+                f"init_lora_weights={init!r} ({_DATA_DRIVEN[init]}) looks at the layers of a target that has no other "
+                "adapter yet. List it before the others."
+            )
+    if init == "loftq":
+        if any(is_quantized(parameter) for parameter in base.parameters()):
+            raise ConfigError(
+                "init_lora_weights='loftq' (LoftQ) quantises the weights itself, and keeps the values they round to: "
+                "give it the base in full precision, without a quantised precision."
+            )
+        if not torch.cuda.is_available() and not torch.xpu.is_available():
+            raise ConfigError("init_lora_weights='loftq' (LoftQ): peft computes it on a CUDA or XPU device only.")
 
 
 def _apply(base: nn.Module, config: PeftConfig, adapter_name: str, siblings: list[Injected]) -> PeftModel:
