@@ -67,6 +67,7 @@ _PUBLIC: dict[str, str] = {
     "MiSS": "lightning_peft.adapters.presets",
     "OFT": "lightning_peft.adapters.presets",
     "PiSSA": "lightning_peft.adapters.presets",
+    "PEGO": "lightning_peft.adapters.pego",
     "Poly": "lightning_peft.adapters.poly",
     "PrefixTuning": "lightning_peft.adapters.presets",
     "PromptTuning": "lightning_peft.adapters.presets",
@@ -105,6 +106,7 @@ if TYPE_CHECKING:
     from lightning_peft.adapters.native.presets import IntTune, LoLDU, LoRAXS, NLoRA, SLoRA
     from lightning_peft.adapters.native.ssf import SSF
     from lightning_peft.adapters.native.triadapt_lora import TriAdaptLoRA
+    from lightning_peft.adapters.pego import PEGO
     from lightning_peft.adapters.poly import Poly
     from lightning_peft.adapters.presets import (
         IA3,

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_peft.adapters.native.tuner import NativeLayer
 from lightning_peft.errors import ConfigError
 
-__all__ = ["FeatureLayer", "channels_last", "input_of", "is_layer"]
+__all__ = ["FeatureLayer", "axes_after_features", "input_of", "is_layer"]
 
 _CHANNEL_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
 
@@ -26,10 +26,17 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D)) or convolution
 
 
-def channels_last(base: nn.Module) -> bool:
-    """Whether the features that come out of a layer or a norm lie along the last axis, not along the second."""
+def axes_after_features(base: nn.Module, ndim: int) -> int:
+    """Return how many axes follow that of the features in the output of a layer or a norm: none for most.
+
+    Args:
+        base: The layer or norm.
+        ndim: Of its output.
+    """
+    if isinstance(base, nn.modules.conv._ConvNd):
+        return len(base.kernel_size)
     by_name = type(base).__name__.endswith("2d") or getattr(base, "data_format", None) == "channels_first"
-    return not (by_name or isinstance(base, (nn.modules.conv._ConvNd, *_CHANNEL_NORMS)))
+    return ndim - 2 if by_name or isinstance(base, _CHANNEL_NORMS) else 0
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.adapters.adapter import Adapter
-from lightning_peft.adapters.native.features import FeatureLayer, channels_last, is_layer
+from lightning_peft.adapters.native.features import FeatureLayer, axes_after_features, is_layer
 from lightning_peft.adapters.native.tuner import NativeConfig, NativeTuner, register
 from lightning_peft.core.blocks import is_norm
 from lightning_peft.core.quantized import is_quantized
@@ -115,15 +115,11 @@ class SSFLayer(FeatureLayer):
 
     def change(self, adapter_name: str, x: Tensor, y: Tensor) -> Tensor:
         """Return ``scale * y + shift``."""
-        trailing = 0 if channels_last(self.get_base_layer()) else self._trailing(y)
+        trailing = axes_after_features(self.get_base_layer(), y.ndim)
         y = y * self._along(self.tensor("scale", adapter_name), trailing, y)
         if adapter_name in self.ssf_shift:
             y = y + self._along(self.tensor("shift", adapter_name), trailing, y)
         return y
-
-    def _trailing(self, y: Tensor) -> int:
-        base = self.get_base_layer()
-        return len(base.kernel_size) if isinstance(base, nn.modules.conv._ConvNd) else y.ndim - 2
 
     @staticmethod
     def _along(values: Tensor, trailing: int, y: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def live(base: Any, x: Tensor, config: Any, count: int, folder: Path, *, merges:
     handle.save_pretrained(folder)
     for options in ({}, {"low_cpu_mem_usage": True}, {"is_trainable": True, "adapter_name": "again"}):
         loaded: Any = PeftModel.from_pretrained(copy.deepcopy(base), folder, **options).eval()  # type: ignore[arg-type]
-        assert torch.equal(output(loaded, x), trained)
+        torch.testing.assert_close(output(loaded, x), trained, rtol=1e-5, atol=1e-6)  # other kernels without gradients
         trains = sum(p.numel() for p in loaded.parameters() if p.requires_grad)
         assert trains == (count if "is_trainable" in options else 0)
     if merges:
@@ -76,5 +76,5 @@ def resume(make: Callable[[], list[Any]], folder: Path) -> tuple[Module, Any]:
     callback.export(folder / "peft")
     loaded = PeftModel.from_pretrained(build("vit"), folder / "peft").eval()
     x = next(iter(loader()))[0]
-    assert torch.equal(output(loaded, x), output(whole.model.eval(), x))
+    torch.testing.assert_close(output(loaded, x), output(whole.model.eval(), x), rtol=1e-5, atol=1e-6)
     return whole, trainer

@@ -1,4 +1,4 @@
-"""Small models that native adapters are put into: a Llama, a GPT-2, a vision transformer of plain modules."""
+"""Small models that native adapters are put into: a Llama, a GPT-2, a BERT, a vision transformer of plain modules."""
 
 from __future__ import annotations
 
@@ -44,6 +44,17 @@ def tiny_gpt2() -> Any:
     return GPT2LMHeadModel(config)
 
 
+def tiny_bert() -> Any:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=16, num_labels=5, initializer_range=0.2, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
 TARGETS = {
     "llama": ["q_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj"],
@@ -54,7 +65,7 @@ TARGETS = {
 def build(name: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        return {"llama": tiny_llama, "gpt2": tiny_gpt2, "vit": TinyViT}[name]()
+        return {"llama": tiny_llama, "gpt2": tiny_gpt2, "bert": tiny_bert, "vit": TinyViT}[name]()
 
 
 def batch(name: str, seed: int = 0) -> Tensor:
