@@ -59,11 +59,15 @@ _PUBLIC: dict[str, str] = {
     "Compacter": "lightning_peft.adapters.native.compacter",
     "AdaMSS": "lightning_peft.adapters.adamss",
     "AdaLoRA": "lightning_peft.adapters.presets",
+    "CorDA": "lightning_peft.adapters.data_driven",
     "DoRA": "lightning_peft.adapters.presets",
+    "EVA": "lightning_peft.adapters.data_driven",
     "IA3": "lightning_peft.adapters.presets",
     "LoRA": "lightning_peft.adapters.presets",
     "LoRAFA": "lightning_peft.adapters.lora_fa",
+    "LoRAGA": "lightning_peft.adapters.data_driven",
     "LoRAPlus": "lightning_peft.adapters.lora_plus",
+    "LoRASB": "lightning_peft.adapters.data_driven",
     "MiSS": "lightning_peft.adapters.presets",
     "OFT": "lightning_peft.adapters.presets",
     "PiSSA": "lightning_peft.adapters.presets",
@@ -96,6 +100,7 @@ if TYPE_CHECKING:
     from lightning_peft import errors
     from lightning_peft.adapters.adamss import AdaMSS
     from lightning_peft.adapters.adapter import Adapter
+    from lightning_peft.adapters.data_driven import EVA, CorDA, LoRAGA, LoRASB
     from lightning_peft.adapters.files import load_from_checkpoint
     from lightning_peft.adapters.lora_fa import LoRAFA
     from lightning_peft.adapters.lora_plus import LoRAPlus

@@ -9,12 +9,13 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_peft.core.names import clean_name
 from lightning_peft.core.param_groups import scale_learning_rate, split_param_groups
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["AdaLoRADriver", "Driver", "LossDriver", "driver_for", "scale_rates"]
+__all__ = ["AdaLoRADriver", "Driver", "FrozenDriver", "LossDriver", "driver_for", "lora_layers", "scale_rates"]
 
 
 class Driver:
@@ -82,6 +83,26 @@ class Driver:
         """Restore :meth:`state_dict`."""
 
 
+class FrozenDriver(Driver):
+    """Drives an adapter that does not train: it sees the batches, and nothing else happens.
+
+    Args:
+        driver: What would drive it.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        super().__init__(driver.handle, driver.adapter_name)
+        self._driver = driver
+
+    def trains(self, names: frozenset[str]) -> frozenset[str]:
+        """Return nothing."""
+        return frozenset()
+
+    def batch(self, batch: Any) -> None:
+        """Let the driver see it: the forward pass may need to know."""
+        self._driver.batch(batch)
+
+
 class LossDriver(Driver):
     """Methods whose regulariser ``peft`` computes and leaves to the loop to add (KaSA, MonteCLoRA)."""
 
@@ -144,6 +165,17 @@ class AdaLoRADriver(Driver):
         for field in self._FIELDS:
             setattr(allocator, field, {n: t.to(parameters[n].device, copy=True) for n, t in state[field].items()})
         self._config.rank_pattern = state["rank_pattern"]
+
+
+def lora_layers(handle: PeftModel, adapter_name: str) -> dict[str, Any]:
+    """Return the linear and convolution layers that a LoRA was put into: path below the target -> ``peft``'s layer."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        clean_name(path): layer
+        for path, layer in handle.get_base_model().named_modules()
+        if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A
+    }
 
 
 def scale_rates(trainer: Trainer, parameters: Iterable[Tensor], ratio: float) -> None:

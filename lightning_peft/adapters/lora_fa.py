@@ -8,14 +8,13 @@ along ``G`` projected onto the rows of ``A``. L. Zhang et al., arXiv:2308.03303.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.adapters.adapter import Adapter
-from lightning_peft.adapters.drivers import Driver
+from lightning_peft.adapters.drivers import Driver, lora_layers
 from lightning_peft.adapters.injection import Injected
 from lightning_peft.adapters.presets import lora_config
 from lightning_peft.core.masters import original
@@ -63,21 +62,17 @@ class LoRAFADriver(Driver):
     @override
     def started(self) -> None:
         """Invert what ``A`` is now; it does not change."""
-        from peft.tuners.lora import LoraLayer
-
         self._corrections = []
-        for name, layer in self.handle.get_base_model().named_modules():
-            if isinstance(layer, LoraLayer) and self.adapter_name in layer.lora_A:
-                pair: tuple[Any, Any] = layer.lora_A[self.adapter_name], layer.lora_B[self.adapter_name]
-                a, b = (each.weight for each in pair)
-                matrix = correction(whole(a), layer.scaling[self.adapter_name])
-                if local(b).shape[1] != len(matrix):
-                    raise UnsupportedStrategy(
-                        f"LoRAFA corrects gradients over the ranks of B, of which {name} has {local(b).shape[1]} of "
-                        f"{len(matrix)} here: grouped convolutions, and weights that are cut along ranks, are not "
-                        "supported."
-                    )
-                self._corrections.append((b, matrix))
+        for name, layer in lora_layers(self.handle, self.adapter_name).items():
+            a, b = layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
+            matrix = correction(whole(a), layer.scaling[self.adapter_name])
+            if local(b).shape[1] != len(matrix):
+                raise UnsupportedStrategy(
+                    f"LoRAFA corrects gradients over the ranks of B, of which {name} has {local(b).shape[1]} of "
+                    f"{len(matrix)} here: grouped convolutions, and weights that are cut along ranks, are not "
+                    "supported."
+                )
+            self._corrections.append((b, matrix))
 
     @override
     def finished(self) -> None:

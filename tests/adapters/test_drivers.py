@@ -11,10 +11,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from lightning_peft import AdaMSS, Adapter, Poly
+from lightning_peft import PEGO, AdaMSS, Adapter, Poly
 from lightning_peft.adapters.adamss import num_kept
+from lightning_peft.adapters.files import merge_adapters
 from lightning_peft.errors import ConfigError
-from tests.adapters.test_adapter import SaveAll, fit, pytestmark  # noqa: F401
+from tests.adapters.test_adapter import SaveAll, fit, logits, pytestmark  # noqa: F401
 from tests.contract.harness import Probe, TinyModule, _pretrained, assert_same_weights, loader, weights
 
 MODEL = "gqa_decoder"
@@ -218,3 +219,114 @@ def test_poly_mistakes() -> None:
         Poly(0, rank=1.5)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="above 0"):
         Poly(3, router_lr_ratio=0)
+
+
+# ---------------------------------------------------------------------------------------------------- regularisers
+
+
+class Records(pl.Callback):
+    """What training_step returned, and the weights that it was computed with."""
+
+    def __init__(self) -> None:
+        self.losses: list[torch.Tensor] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.weights.append(weights(pl_module))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self.losses.append(outputs["loss"])
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.gradients.append({n: p.grad.clone() for n, p in pl_module.named_parameters() if p.grad is not None})
+
+
+class Elsewhere(pl.Callback):
+    """Training starts with other factors than zero."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in pl_module.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(generator=generator)
+
+
+class TwoLosses(TinyModule):
+    """Keeps its own loss, without dropout; the loss is not needed where only the regulariser is looked at."""
+
+    def __init__(self, model: str = MODEL, factor: float = 1.0) -> None:
+        super().__init__(model)
+        self.factor, self.own = factor, []
+        for module in self.model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = self.factor * self.loss(batch)
+        self.own.append(loss.detach())
+        return loss
+
+
+def pego_by_hand(values: dict[str, torch.Tensor], group_size: int, rank: int) -> torch.Tensor:
+    total = torch.zeros(())
+    for name, a in values.items():
+        if "lora_A" in name:
+            path = name.partition(".lora_A")[0]
+            b, w = values[name.replace("lora_A", "lora_B")], values[f"{path}.base_layer.weight"]
+            w = w.flatten(1)
+            parts = [slice(i * rank, (i + 1) * rank) for i in range(group_size)]
+            updates = [b.flatten(1)[:, part] @ a.flatten(1)[part] for part in parts]
+            total = total + sum((w @ u.T).abs().sum() for u in updates)
+            for i in range(group_size):
+                for j in range(i + 1, group_size):
+                    total = total + (updates[i] @ updates[j].T).abs().sum()
+    return total
+
+
+@pytest.mark.parametrize("data", [MODEL, "conv_net"])
+def test_pego_keeps_the_group_orthogonal(data: str, tmp_path: Path) -> None:
+    def make() -> PEGO:
+        return PEGO(rank=2, group_size=3, weight=1.0, layers="*.up_proj" if data == MODEL else "*.conv")
+
+    records, adapter = Records(), make()
+    module, _ = fit(tmp_path, adapter, records, SaveAll(tmp_path), module=TwoLosses(data), data=data)
+    assert len(records.losses) == 11
+    for loss, own, values in zip(records.losses, module.own, records.weights, strict=True):
+        torch.testing.assert_close(2 * loss - own, pego_by_hand(values, 3, 2), rtol=1e-3, atol=1e-5)
+    assert 2 * records.losses[-1] - module.own[-1] > 0.01
+    assert module.training_step.__func__ is TwoLosses.training_step  # given back
+
+    for point in sorted(tmp_path.glob("*.ckpt"))[2:6:3]:
+        again, _ = fit(tmp_path, make(), module=TwoLosses(data), data=data, ckpt=point)
+        assert_same_weights(weights(again), weights(module))
+
+
+def test_pego_gradient_is_that_of_the_formula(tmp_path: Path) -> None:
+    records = Records()
+    adapter = PEGO(rank=2, group_size=2, weight=0.5, layers="*.q_proj")
+    fit(tmp_path, adapter, records, Elsewhere(), module=TwoLosses(factor=0.0))
+    values = {n: v.clone().requires_grad_() for n, v in records.weights[4].items()}  # the third step's
+    (0.5 * pego_by_hand(values, 2, 2)).backward()
+    found = 0
+    for name, gradient in records.gradients[2].items():
+        expected = values[name].grad
+        assert expected is not None
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
+        found += bool(gradient.abs().max() > 0.01)
+    assert found == 8
+
+
+def test_pego_is_a_lora_that_merges(tmp_path: Path) -> None:
+    adapter = PEGO(rank=2, group_size=2)
+    module, _ = fit(tmp_path, adapter)
+    own = [p for n, p in module.named_parameters() if n in adapter.trainable_names]
+    assert sum(p.numel() for p in own) == sum(
+        4 * (w.shape[0] + w.shape[1]) for n, w in weights(module).items() if "base_layer" in n
+    )
+    before = logits(module.model)
+    torch.testing.assert_close(logits(merge_adapters(adapter.handle)), before, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="group_size=0"):
+        PEGO(group_size=0)
+    with pytest.raises(ConfigError, match="weight=-1"):
+        PEGO(weight=-1)
