@@ -10,14 +10,7 @@ from lightning_peft.adapters.adapter import Adapter
 __all__ = ["IA3", "OFT", "AdaLoRA", "DoRA", "LoRA", "MiSS", "PiSSA", "PrefixTuning", "PromptTuning", "VeRA"]
 
 
-class _Preset(Adapter):
-    _common = ("target", "adapter_name", "always", "seed")
-
-    def __init__(self, method: str, config: dict[str, Any], layers: str | list[str] | None, **common: Any) -> None:
-        Adapter.__init__(self, method, config, layers=layers, **common)
-
-
-class LoRA(_Preset):
+class LoRA(Adapter):
     """Train a low-rank matrix beside each linear layer of the blocks.
 
     ``rank * (in + out)`` parameters per layer; merged into the base it costs nothing in use.
@@ -63,15 +56,15 @@ class LoRA(_Preset):
         super().__init__(
             "lora",
             lora_config(rank, alpha, dropout, init) | {"use_rslora": rank_stabilized},
+            target,
             layers,
-            target=target,
-            adapter_name=adapter_name,
-            always=always,
-            seed=seed,
+            adapter_name,
+            always,
+            seed,
         )
 
 
-class DoRA(_Preset):
+class DoRA(Adapter):
     """Train the direction of each weight by LoRA, and the length of its columns beside it.
 
     Use it for a better fit than LoRA of the same rank, at a step that costs more: each weight is normalised anew.
@@ -105,15 +98,15 @@ class DoRA(_Preset):
         super().__init__(
             "lora",
             lora_config(rank, alpha, dropout, "default") | {"use_dora": True},
+            target,
             layers,
-            target=target,
-            adapter_name=adapter_name,
-            always=always,
-            seed=seed,
+            adapter_name,
+            always,
+            seed,
         )
 
 
-class PiSSA(_Preset):
+class PiSSA(Adapter):
     """Train the largest singular components of each weight; the rest is the frozen base.
 
     Use it to converge faster than LoRA. The adapter alone does not fit the original base: merge it.
@@ -148,15 +141,15 @@ class PiSSA(_Preset):
         super().__init__(
             "lora",
             lora_config(rank, rank, dropout, "pissa" if iterations is None else f"pissa_niter_{iterations}"),
+            target,
             layers,
-            target=target,
-            adapter_name=adapter_name,
-            always=always,
-            seed=seed,
+            adapter_name,
+            always,
+            seed,
         )
 
 
-class AdaLoRA(_Preset):
+class AdaLoRA(Adapter):
     """Train updates in the form of singular values and vectors, and move ranks to the layers that need them.
 
     Use it when layers differ in how much they have to learn and the total number of ranks is limited.
@@ -212,15 +205,15 @@ class AdaLoRA(_Preset):
                 "lora_alpha": 2 * target_rank if alpha is None else alpha,
                 "orth_reg_weight": orthogonality,
             },
+            target,
             layers,
-            target=target,
-            adapter_name=adapter_name,
-            always=always,
-            seed=seed,
+            adapter_name,
+            always,
+            seed,
         )
 
 
-class IA3(_Preset):
+class IA3(Adapter):
     """Train one factor per output of keys and values, and per input of the feed-forward down projection.
 
     Use it for a handful of examples, or for very many tasks: a few numbers per layer.
@@ -251,15 +244,15 @@ class IA3(_Preset):
         super().__init__(
             "ia3",
             {"target_modules": target_modules, "feedforward_modules": feedforward_modules},
+            target,
             None,
-            target=target,
-            adapter_name=adapter_name,
-            always=always,
-            seed=seed,
+            adapter_name,
+            always,
+            seed,
         )
 
 
-class VeRA(_Preset):
+class VeRA(Adapter):
     """Train two vectors per layer around one pair of random matrices that all layers share.
 
     Use it when even LoRA's files are too many or too large: ``rank + out`` numbers per layer.
@@ -290,15 +283,15 @@ class VeRA(_Preset):
         super().__init__(
             "vera",
             {"r": rank, "projection_prng_key": seed},
+            target,
             layers,
-            target=target,
-            adapter_name=adapter_name,
-            always=always,
-            seed=seed,
+            adapter_name,
+            always,
+            seed,
         )
 
 
-class OFT(_Preset):
+class OFT(Adapter):
     """Rotate the outputs of each layer's weight by small orthogonal blocks.
 
     Use it to keep what the base knows: angles between the neurons of a layer do not change.
@@ -328,15 +321,15 @@ class OFT(_Preset):
         super().__init__(
             "oft",
             {"oft_block_size": block_size},
+            target,
             layers,
-            target=target,
-            adapter_name=adapter_name,
-            always=always,
-            seed=seed,
+            adapter_name,
+            always,
+            seed,
         )
 
 
-class MiSS(_Preset):
+class MiSS(Adapter):
     """Train one small matrix per layer, shared along the input by blocks (earlier called Bone).
 
     Use it as LoRA, with fewer parameters at equal rank and one matrix product less.
@@ -364,12 +357,10 @@ class MiSS(_Preset):
         seed: int = 0,
     ) -> None:
         self.rank = rank
-        super().__init__(
-            "miss", {"r": rank}, layers, target=target, adapter_name=adapter_name, always=always, seed=seed
-        )
+        super().__init__("miss", {"r": rank}, target, layers, adapter_name, always, seed)
 
 
-class PromptTuning(_Preset):
+class PromptTuning(Adapter):
     """Train vectors that stand before the input's embeddings of a Hugging Face model.
 
     Use it for large models and many tasks: a few thousand numbers per task, and none inside the model.
@@ -400,15 +391,15 @@ class PromptTuning(_Preset):
         super().__init__(
             "prompt_tuning",
             {"num_virtual_tokens": num_virtual_tokens, "task_type": task_type},
+            target,
             None,
-            target=target,
-            adapter_name=adapter_name,
-            always=always,
-            seed=seed,
+            adapter_name,
+            always,
+            seed,
         )
 
 
-class PrefixTuning(_Preset):
+class PrefixTuning(Adapter):
     """Train keys and values that stand before those of the input, in each layer of a Hugging Face model.
 
     Use it as prompt tuning, for smaller models and harder tasks.
@@ -438,11 +429,11 @@ class PrefixTuning(_Preset):
         super().__init__(
             "prefix_tuning",
             {"num_virtual_tokens": num_virtual_tokens, "task_type": task_type},
+            target,
             None,
-            target=target,
-            adapter_name=adapter_name,
-            always=always,
-            seed=seed,
+            adapter_name,
+            always,
+            seed,
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_peft.errors import ResumeMismatch
-from lightning_peft.strategies.partial_state import read_checkpoint, read_metadata, weights_only_of_fit
+from lightning_peft.strategies.partial_state import read_checkpoint, read_metadata, saved_members, weights_only_of_fit
 
 __all__ = ["keep_partial_state_fsdp1"]
 
@@ -99,17 +99,6 @@ def _named_state(
     raw: dict[str, Any], optimizer: torch.optim.Optimizer, names: dict[Any, str], path: Path
 ) -> dict[str, Any]:
     """The state by parameter names: the n-th of a saved group is the n-th of the group here."""
-    then = [len(group["params"]) for group in raw["param_groups"]]
-    now = [len(group["params"]) for group in optimizer.param_groups]
-    if then != now:
-        raise ResumeMismatch(
-            f"The optimizer's parameter groups hold {now} parameters, those of {path.name} {then}. "
-            "Build the same groups as when the checkpoint was written."
-        )
-    name_of = {
-        key: names[member]
-        for saved, group in zip(raw["param_groups"], optimizer.param_groups, strict=True)
-        for key, member in zip(saved["params"], group["params"], strict=True)
-    }
+    name_of = {key: names[member] for key, member in saved_members(raw["param_groups"], optimizer, path)}
     groups = [{**group, "params": [name_of[key] for key in group["params"]]} for group in raw["param_groups"]]
     return {"state": {name_of[key]: state for key, state in raw["state"].items()}, "param_groups": groups}

@@ -50,7 +50,7 @@ from torch.utils._pytree import tree_map
 from lightning_peft.core.instance import replace_on
 from lightning_peft.core.masters import original
 from lightning_peft.core.names import named_parameters
-from lightning_peft.core.sharded import local
+from lightning_peft.core.sharded import Shard, local
 from lightning_peft.errors import ConfigError, ResumeMismatch, UnsupportedStrategy, nearest
 
 __all__ = [
@@ -67,6 +67,7 @@ __all__ = [
     "record_partial_state",
     "refresh_dtypes",
     "reshard",
+    "saved_members",
     "sharded_parameters",
     "weights_only_of_fit",
 ]
@@ -495,20 +496,28 @@ def _load_full(strategy: ModelParallelStrategy, path: Path, weights_only: bool |
 
 
 def _load_full_optimizer(optimizer: Optimizer, raw: dict[str, Any], path: Path) -> None:
-    then = [len(group["params"]) for group in raw["param_groups"]]
+    state = {}
+    for index, (key, member) in enumerate(saved_members(raw["param_groups"], optimizer, path)):
+        if key in raw["state"]:
+            state[index] = tree_map(lambda leaf, member=member: _loaded_leaf(leaf, member), raw["state"][key])
+    _apply_state(optimizer, state, raw["param_groups"])
+
+
+def saved_members(saved: list[dict[str, Any]], optimizer: Optimizer, path: Path) -> Iterator[tuple[Any, Tensor]]:
+    """Yield what a file calls each parameter of ``optimizer``: the n-th of a saved group is the n-th of the group here.
+
+    Raises:
+        ResumeMismatch: If the groups are not of equal sizes.
+    """
+    then = [len(group["params"]) for group in saved]
     now = [len(group["params"]) for group in optimizer.param_groups]
     if then != now:
         raise ResumeMismatch(
             f"The optimizer's parameter groups hold {now} parameters, those of {path.name} {then}. "
             "Build the same groups as when the checkpoint was written."
         )
-    members = [member for group in optimizer.param_groups for member in group["params"]]
-    ids = [key for group in raw["param_groups"] for key in group["params"]]
-    state = {}
-    for index, (key, member) in enumerate(zip(ids, members, strict=True)):
-        if key in raw["state"]:
-            state[index] = tree_map(lambda leaf, member=member: _loaded_leaf(leaf, member), raw["state"][key])
-    _apply_state(optimizer, state, raw["param_groups"])
+    for group, present in zip(saved, optimizer.param_groups, strict=True):
+        yield from zip(group["params"], present["params"], strict=True)
 
 
 def _loaded_leaf(leaf: Any, member: Tensor) -> Any:
@@ -517,10 +526,7 @@ def _loaded_leaf(leaf: Any, member: Tensor) -> Any:
     if not isinstance(member, DTensor) or leaf.shape != member.shape:
         # the file is mapped and may be replaced while training goes on
         return _beside_shards(leaf.clone(), member)
-    piece = local_part(leaf, member).to(member.to_local().device, copy=True)
-    return DTensor.from_local(
-        piece, member.device_mesh, member.placements, run_check=False, shape=member.shape, stride=member.stride()
-    )
+    return Shard(member).of_local(local_part(leaf, member).clone())
 
 
 def _beside_shards(leaf: Any, member: Tensor) -> Any:
