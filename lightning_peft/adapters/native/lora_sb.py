@@ -205,12 +205,10 @@ def _gradients(
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             if not output.requires_grad:
                 return
-            x = inputs[0].detach().float()
+            x = inputs[0].detach()
 
             def add(grad: Tensor) -> None:
-                with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
-                    weight = torch.zeros(layer.out_features, layer.in_features, device=grad.device, requires_grad=True)
-                    (part,) = torch.autograd.grad(layer.multiply(x, weight), weight, grad.float())
+                part = layer.weight_gradient(x, grad)
                 total[path] = total[path] + part if path in total else part
 
             output.register_hook(add)

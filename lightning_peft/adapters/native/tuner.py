@@ -250,6 +250,21 @@ class NativeLayer(nn.Module, BaseTunerLayer):
             return base._conv_forward(x, kernel, None)
         return functional.linear(x, matrix_OI)
 
+    def weight_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Return the gradient of a weight (out, in) from the base layer's input and its output's gradient, in float32.
+
+        Args:
+            x: The input.
+            grad: Gradient of the output, of the input's leading shape.
+        """
+        x, grad = x.detach().float(), grad.float()
+        with torch.autocast(grad.device.type, enabled=False):
+            if self.kind != "conv2d":
+                return grad.reshape(-1, self.out_features).T @ x.reshape(-1, self.in_features)
+            with torch.enable_grad():
+                weight = torch.zeros(self.out_features, self.in_features, device=grad.device, requires_grad=True)
+                return torch.autograd.grad(self.multiply(x, weight), weight, grad)[0]
+
     def mix(self, h: Tensor, matrix: Tensor) -> Tensor:
         """Multiply the features of ``h`` by a matrix (out, in), or by a vector if it is a diagonal one."""
         matrix = matrix.to(h.dtype)
