@@ -499,10 +499,12 @@ class _Sealed:
 
 def _mask(batch: Any, eva_config: Any = None) -> Tensor | None:
     """Return which positions (batch, length) of a batch of texts are no padding, and have a label if EVA wants one."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(batch, Mapping):
+        return None
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return None
-    mask, labels = mask.bool(), batch["labels"] if "labels" in batch else None
+    mask = mask.bool()
     if eva_config is not None and eva_config.use_label_mask and getattr(labels, "shape", None) == mask.shape:
         mask = mask & (labels != eva_config.label_mask_value)
     return mask
