@@ -280,7 +280,7 @@ class LowBitAdapters(MethodCallback):
             if parameter.ndim < 2 or parameter.numel() < 2:
                 continue
             module = structure.modules[path]
-            if isinstance(module, (nn.ParameterDict, nn.ParameterList)):
+            if isinstance(module, (nn.ParameterDict, nn.ParameterList)) and not _is_native(structure, path):
                 raise ConfigError(
                     f"{self.label}: {name} lies in a {type(module).__name__}, where a weight cannot be rounded as "
                     "it is used. Leave it out of scope with '!' and its path."
@@ -303,3 +303,10 @@ class LowBitAdapters(MethodCallback):
         noise = torch.empty(parameter.shape)
         nn.init.trunc_normal_(noise, std=_SPREAD, a=-2 * _SPREAD, b=2 * _SPREAD, generator=generator)
         parameter.add_(noise.to(parameter))
+
+
+def _is_native(structure: Structure, path: str) -> bool:
+    """Whether a ``ParameterDict`` is one of this package's own adapters, which read it anew in each forward pass."""
+    from lightning_peft.adapters.native.tuner import NativeLayer
+
+    return isinstance(structure.modules[path.rpartition(".")[0]], NativeLayer)

@@ -7,18 +7,20 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import lightning_peft
-from lightning_peft import Compacter, SeriesAdapter
+from lightning_peft import Compacter, LowBitAdapters, SeriesAdapter
 from lightning_peft.adapters.files import merge_adapters
 from lightning_peft.adapters.injection import inject
 from lightning_peft.adapters.native import BottleneckConfig, CompacterConfig
 from lightning_peft.adapters.places import module_paths
 from lightning_peft.errors import ConfigError, ScopeError, UnsupportedStrategy
+from lightning_peft.methods.quantized.low_bit_adapters import bake
 from tests.adapters.native.life import live, resume
 from tests.adapters.native.models import batch, build, loss, output
+from tests.adapters.native.test_in_training import fit, loader
 from tests.adapters.native.test_three_factor import layers, shake
 
 pytestmark = [
@@ -293,6 +295,32 @@ def test_fit_and_resume(name: str, tmp_path: Path) -> None:
     }[name]
     sizes = {n: p.numel() for n, p in module.named_parameters() if n in callback.trainable_names and "blocks" in n}
     assert sum(sizes.values()) == expected
+
+
+@pytest.mark.parametrize("name", ["ParallelAdapter", "Compacter"])
+def test_one_bit_adapters(name: str, tmp_path: Path) -> None:
+    """Low-bit training of Jie et al. is a method of its own; it takes these adapters like any other."""
+
+    def make() -> list[Any]:
+        return [getattr(lightning_peft, name)(rank=4, layers=["*.proj", "*.qkv"]), LowBitAdapters(bits=1)]
+
+    whole, trainer = fit(make(), tmp_path, 4)
+    held = {"Compacter": ("up_left", "up_right")}.get(name, ("down", "up"))
+    for layer in layers(whole).values():
+        for role in held:
+            weight = layer.tensor(role, "default")
+            assert len(weight.unique()) == 2, "mean and standard deviation, and one bit per value"
+            assert layer.tensor(role, "default").grad_fn is not None
+    _, half = fit(make(), tmp_path, 2)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = fit(make(), tmp_path, 4, tmp_path / "half.ckpt")
+    assert resumed.losses == whole.losses[-2:]
+    x = next(iter(loader()))[0]
+    trained = output(whole.model.eval(), x)
+    bake(whole)
+    trainer.callbacks[0].export(tmp_path / "peft")  # type: ignore[attr-defined]
+    loaded = PeftModel.from_pretrained(build("vit"), tmp_path / "peft").eval()
+    torch.testing.assert_close(output(loaded, x), trained, rtol=1e-5, atol=1e-6)
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
