@@ -55,8 +55,8 @@ class Adapter(MethodCallback):
     module again; :meth:`export` writes ``peft``'s own files.
 
     Args:
-        method: Name of a ``peft`` method (``"lora"``, ``"ia3"``, ``"vera"``, ...), a ``PeftConfig``, or the folder or hub
-            id of a saved adapter, to start from its values.
+        method: Name of a ``peft`` method (``"lora"``, ``"ia3"``, ``"vera"``, ...), a ``PeftConfig``, or the folder or
+            hub id of a saved adapter, to start from its values.
         config: Options of the method, as ``peft`` calls them; over those of a saved adapter.
         target: Path of the submodule that gets the adapters.
         layers: Which layers get one: a scope (``"blocks"``, ``"*.q_proj"``, ``"class:Linear"``). None leaves it to
@@ -158,9 +158,11 @@ class Adapter(MethodCallback):
     def export(self, folder: str | Path) -> Path:
         """Write ``adapter_model.safetensors`` and ``adapter_config.json``, as ``PeftModel.from_pretrained`` reads them.
 
+        A method that changed the base when it started (PiSSA, OLoRA, CorDA, LoRA-GA, KaSA) is written as an ordinary
+        LoRA of twice the rank over the original base, equal up to rounding.
+
         Raises:
-            ConfigError: If the method changed the base when it started (PiSSA, OLoRA), so that the adapter alone does
-                not fit the original base.
+            ConfigError: If it changed the base in a way that no LoRA can express (LoftQ, or together with DoRA).
         """
         from lightning_peft.adapters.files import export_adapter
 
@@ -269,7 +271,8 @@ class Adapter(MethodCallback):
             )
             if is_new and self._place is not None:
                 load_adapter_weights(adapter, self._place)
-            if self._driver is None or adapter is not self._injected:
+            switched = isinstance(self._driver, FrozenDriver) == self.train
+            if self._driver is None or switched or adapter is not self._injected:
                 driver = self.make_driver(adapter)
                 self._injected, self._driver = adapter, driver if self.train else FrozenDriver(driver)
             adapter.is_active = self.active

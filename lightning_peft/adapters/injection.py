@@ -212,11 +212,14 @@ def activate(root: nn.Module, target: str) -> None:
     """
     adapters = [adapter for (path, _), adapter in injected(root).items() if path == target]
     active = [adapter.adapter_name for adapter in adapters if adapter.is_active]
-    tuner: Any = adapters[0].handle.base_model if adapters else None
-    if active == list(getattr(tuner, "active_adapters", active)):
+    handle: Any = adapters[0].handle if adapters else None
+    if handle is None or _takes_its_place(handle.peft_config[adapters[0].adapter_name]):
+        if len(active) < len(adapters):
+            raise ConfigError("An adapter that takes the model's place is always active: leave active=True.")
         return
-    if _takes_its_place(adapters[0].handle.peft_config[adapters[0].adapter_name]):
-        raise ConfigError("An adapter that takes the model's place is always active: leave active=True.")
+    tuner = handle.base_model
+    if active == list(tuner.active_adapters):
+        return
     flags = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
     tuner.set_adapter(active)
     for parameter, flag in flags:

@@ -108,13 +108,10 @@ def test_from_fit_to_export(name: str, tmp_path: Path) -> None:
     assert_same_weights(weights(again), final)
 
     expected = logits(module.model)
-    if name in CHANGE_THE_BASE:
-        with pytest.raises(ConfigError, match="has changed the base"):
-            adapter.export(tmp_path / "adapter")
-    else:
-        folder = adapter.export(tmp_path / "adapter")
-        loaded = PeftModel.from_pretrained(copy.deepcopy(_pretrained(MODEL)), str(folder))
-        assert torch.equal(logits(loaded), expected)
+    folder = adapter.export(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(_pretrained(MODEL)), str(folder))
+    converted = name in CHANGE_THE_BASE  # as a LoRA over the original base: equal up to rounding
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5 if converted else 0)
     if name in CANNOT_MERGE:
         with pytest.raises(ConfigError, match="cannot be merged"):
             merge_adapters(adapter.handle)
