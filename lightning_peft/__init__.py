@@ -58,6 +58,7 @@ _PUBLIC: dict[str, str] = {
     "ParallelAdapter": "lightning_peft.adapters.native.bottleneck",
     "Compacter": "lightning_peft.adapters.native.compacter",
     "AdaMSS": "lightning_peft.adapters.adamss",
+    "BALoRA": "lightning_peft.adapters.ba_lora",
     "AdaLoRA": "lightning_peft.adapters.presets",
     "CorDA": "lightning_peft.adapters.data_driven",
     "DoRA": "lightning_peft.adapters.presets",
@@ -100,6 +101,7 @@ if TYPE_CHECKING:
     from lightning_peft import errors
     from lightning_peft.adapters.adamss import AdaMSS
     from lightning_peft.adapters.adapter import Adapter
+    from lightning_peft.adapters.ba_lora import BALoRA
     from lightning_peft.adapters.data_driven import EVA, CorDA, LoRAGA, LoRASB
     from lightning_peft.adapters.files import load_from_checkpoint
     from lightning_peft.adapters.lora_fa import LoRAFA

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +11,21 @@ from torch import Tensor
 
 from lightning_peft.core.names import clean_name
 from lightning_peft.core.param_groups import scale_learning_rate, split_param_groups
+from lightning_peft.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["AdaLoRADriver", "Driver", "FrozenDriver", "LossDriver", "driver_for", "lora_layers", "scale_rates"]
+__all__ = [
+    "AdaLoRADriver",
+    "Driver",
+    "FrozenDriver",
+    "LossDriver",
+    "driver_for",
+    "entry_of",
+    "lora_layers",
+    "scale_rates",
+]
 
 
 class Driver:
@@ -165,6 +175,33 @@ class AdaLoRADriver(Driver):
         for field in self._FIELDS:
             setattr(allocator, field, {n: t.to(parameters[n].device, copy=True) for n, t in state[field].items()})
         self._config.rank_pattern = state["rank_pattern"]
+
+
+def entry_of(batch: Any, key: str | int, argument: str) -> Any:
+    """Return an entry of a batch: of a mapping by its key, of a sequence by its position.
+
+    Args:
+        batch: The batch.
+        key: Key or position.
+        argument: How the user's argument is called that says it.
+
+    Raises:
+        ConfigError: If there is none, with the nearest key.
+    """
+    names: list[str] = []
+    if isinstance(batch, Mapping):
+        if key in batch:
+            return batch[key]
+        names = [str(name) for name in batch]
+        held = f"a mapping of {', '.join(names)}"
+    elif isinstance(batch, Sequence):
+        if isinstance(key, int) and -len(batch) <= key < len(batch):
+            return batch[key]
+        held = f"a sequence of {len(batch)}"
+    else:
+        held = f"a {type(batch).__name__}"
+    hint = suggest(str(key), names) or "Give its position in a sequence, or its key in a mapping."
+    raise ConfigError(f"{argument}={key!r}: the batch is {held} and has no such entry. {hint}")
 
 
 def lora_layers(handle: PeftModel, adapter_name: str) -> dict[str, Any]:

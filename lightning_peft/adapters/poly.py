@@ -8,7 +8,7 @@ arXiv:2211.03831.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.adapters.adapter import Adapter
-from lightning_peft.adapters.drivers import Driver, scale_rates
+from lightning_peft.adapters.drivers import Driver, entry_of, scale_rates
 from lightning_peft.adapters.injection import Injected
-from lightning_peft.errors import ConfigError, suggest
+from lightning_peft.errors import ConfigError
 from lightning_peft.methods.arguments import is_whole
 
 if TYPE_CHECKING:
@@ -38,17 +38,7 @@ def ids_of(batch: Any, key: str | int) -> Tensor:
     Raises:
         ConfigError: If the batch has none there, or they are no vector of whole numbers.
     """
-    if isinstance(key, int):
-        found = batch[key] if isinstance(batch, Sequence) and -len(batch) <= key < len(batch) else None
-        held = f"a sequence of {len(batch)}" if isinstance(batch, Sequence) else f"a {type(batch).__name__}"
-        hint = "Give the key or the position of one task id per row."
-    else:
-        found = batch.get(key) if isinstance(batch, Mapping) else None
-        names = [str(name) for name in batch] if isinstance(batch, Mapping) else []
-        held = f"a mapping of {', '.join(names)}" if names else f"a {type(batch).__name__}"
-        hint = suggest(key, names) or "Give the position of one task id per row."
-    if found is None:
-        raise ConfigError(f"task_ids={key!r}: the batch is {held} and has no such entry. {hint}")
+    found = entry_of(batch, key, "task_ids")
     ids = torch.as_tensor(found)
     if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex():
         raise ConfigError(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from lightning_peft import PEGO, AdaMSS, Adapter, Poly
+from lightning_peft import PEGO, AdaMSS, Adapter, BALoRA, Poly
 from lightning_peft.adapters.adamss import num_kept
 from lightning_peft.adapters.files import merge_adapters
 from lightning_peft.errors import ConfigError
@@ -202,7 +202,7 @@ class Doubled(ByTask):
     [
         ({"task_ids": "tsk"}, ByTask, r"task_ids='tsk'.*input_ids, labels, task.*Did you mean 'task'"),
         ({"task_ids": "input_ids"}, ByTask, r"one whole number per row.*\(2, 7\)"),
-        ({"task_ids": "task"}, TinyModule, r"the batch is a list .*position|the batch is a tuple .*position"),
+        ({"task_ids": "task"}, TinyModule, "a sequence of 2 and has no such entry. Give its position"),
         ({"task_ids": 2}, TinyModule, "a sequence of 2 and has no such entry"),
         ({"num_tasks": 2}, ByTask, "with 2 tasks they go from 0 to 1"),
         ({}, Doubled, "a layer got 4 rows and the batch has 2 task ids"),
@@ -243,13 +243,16 @@ class Records(pl.Callback):
 
 
 class Elsewhere(pl.Callback):
-    """Training starts with other factors than zero."""
+    """Training starts with other factors than the method's."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         generator = torch.Generator().manual_seed(0)
         for name, parameter in pl_module.named_parameters():
             if "lora_B" in name:
-                parameter.data.normal_(generator=generator)
+                parameter.data.normal_(0.0, self.scale, generator=generator)
 
 
 class TwoLosses(TinyModule):
@@ -330,3 +333,125 @@ def test_pego_is_a_lora_that_merges(tmp_path: Path) -> None:
         PEGO(group_size=0)
     with pytest.raises(ConfigError, match="weight=-1"):
         PEGO(weight=-1)
+
+
+# ---------------------------------------------------------------------------------------------------- BA-LoRA
+
+
+class Prompted(TwoLosses):
+    """The first two tokens of each row are a prompt, without a loss."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        labels = batch[0].clone()
+        labels[:, :2] = -100
+        return {"input_ids": batch[0], "labels": labels}
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        logits = self.model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits[:, 1:-1].flatten(0, 1), batch["input_ids"][:, 2:].flatten())
+
+
+def ba_lora_by_hand(logits: torch.Tensor, reference: torch.Tensor, weights: tuple[float, float, float]) -> torch.Tensor:
+    z, y = logits[:, 1:-1].flatten(0, 1), reference[:, 1:-1].flatten(0, 1)  # these predict tokens 2 to the last
+    p, q = torch.softmax(y / 2, 1), torch.softmax(z / 2, 1)
+    consistency = 4 * (p * (p.log() - q.log())).sum(1).mean()
+    kept = torch.sort(z, dim=1, descending=True).values[:, :4]
+    entropy = torch.distributions.Categorical(logits=kept).entropy().mean()
+    singular = torch.linalg.svdvals(z)
+    share = singular[:3].sum() / singular.square().sum().sqrt()
+    return weights[0] * consistency - weights[1] * entropy - weights[2] * share
+
+
+def ba_lora(**options: Any) -> BALoRA:
+    return BALoRA(2, **{"top_tokens": 4, "top_singular": 3, "layers": "*.up_proj", **options})
+
+
+WEIGHTS = (3.0, 0.5, 0.25)
+OPTIONS = dict(zip(("consistency", "diversity", "spectrum"), WEIGHTS, strict=True))
+
+
+def test_ba_lora_against_the_formulas_and_the_pretrained_model(tmp_path: Path) -> None:
+    class Keeps(Prompted):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            seen.append((batch, weights(self), [m.training for m in self.modules()]))
+            return super().training_step(batch, batch_idx)
+
+    seen: list[Any] = []
+    records, adapter = Records(), ba_lora(**OPTIONS)
+    module, _ = fit(tmp_path, adapter, records, Elsewhere(30.0), SaveAll(tmp_path), module=Keeps())
+    pretrained = copy.deepcopy(_pretrained(MODEL)).eval()
+    final = weights(module)
+    for (batch, values, modes), loss, own in zip(seen, records.losses, module.own, strict=True):
+        assert modes == [m.training for m in module.train().modules()]
+        module.load_state_dict(values)
+        with torch.no_grad():
+            logits = module.model(input_ids=batch["input_ids"], use_cache=False).logits
+            reference = pretrained(input_ids=batch["input_ids"], use_cache=False).logits
+        expected = ba_lora_by_hand(logits, reference, WEIGHTS)
+        torch.testing.assert_close(2 * loss - own, expected, rtol=1e-4, atol=1e-4)
+        assert ba_lora_by_hand(logits, reference, (3.0, 0.0, 0.0)) > 1e-3
+    module.load_state_dict(final)
+    for point in sorted(tmp_path.glob("*.ckpt"))[2:6:3]:
+        resumed, _ = fit(tmp_path, ba_lora(**OPTIONS), module=Prompted(), ckpt=point)
+        assert_same_weights(weights(resumed), weights(module))
+
+
+def test_ba_lora_gradient_is_that_of_the_formula(tmp_path: Path) -> None:
+    class Keeps(Prompted):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            seen.append((batch, weights(self)))
+            return super().training_step(batch, batch_idx)
+
+    seen: list[Any] = []
+    records = Records()
+    module, _ = fit(tmp_path, ba_lora(**OPTIONS), records, Elsewhere(), module=Keeps(factor=0.0))
+    pretrained = copy.deepcopy(_pretrained(MODEL)).eval()
+    names = list(records.gradients[1])
+    total = {name: torch.zeros_like(records.gradients[1][name]) for name in names}
+    for batch, values in seen[2:4]:  # the two micro-batches of the second step
+        module.load_state_dict(values)
+        parameters = dict(module.named_parameters())
+        reference = pretrained(input_ids=batch["input_ids"], use_cache=False).logits.detach()
+        logits = module.model(input_ids=batch["input_ids"], use_cache=False).logits
+        loss = ba_lora_by_hand(logits, reference, WEIGHTS) / 2
+        for name, gradient in zip(names, torch.autograd.grad(loss, [parameters[n] for n in names]), strict=True):
+            total[name] += gradient
+    assert len(names) == 8
+    for name in names:
+        torch.testing.assert_close(records.gradients[1][name], total[name], rtol=1e-3, atol=1e-6)
+    assert max(gradient.abs().max() for gradient in total.values()) > 1e-3
+
+
+def test_ba_lora_without_the_second_pass(tmp_path: Path) -> None:
+    calls: list[bool] = []
+
+    class Counts(Prompted):
+        def on_fit_start(self) -> None:
+            self.model.model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+
+    fit(tmp_path, ba_lora(consistency=0.0), module=Counts())
+    assert calls.count(True) == 11
+    assert calls.count(False) == 2  # validation
+    calls.clear()
+    fit(tmp_path, ba_lora(), module=Counts())
+    assert calls.count(False) == 13
+
+
+def test_ba_lora_mistakes(tmp_path: Path) -> None:
+    class Twice(Prompted):
+        def loss(self, batch: Any) -> torch.Tensor:
+            return super().loss(batch) + super().loss(batch)
+
+    with pytest.raises(ConfigError, match="there were 2"):
+        fit(tmp_path, ba_lora(), module=Twice())
+    with pytest.raises(ConfigError, match=r"labels='label'.*Did you mean 'labels'"):
+        fit(tmp_path, ba_lora(labels="label"), module=Prompted())
+    with pytest.raises(ConfigError, match=r"\(2, 7, 19\) and \(2,\)"):
+        fit(tmp_path, ba_lora(labels=1), module=TwoLosses())
+    with pytest.raises(ConfigError, match=r"diversity=-1.*temperature=0.*top_singular=0"):
+        BALoRA(diversity=-1, temperature=0, top_singular=0)
+    module, _ = fit(tmp_path, ba_lora(), module=Prompted())
+    fit(tmp_path, ba_lora(), module=module)  # its start is known
+    other, _ = fit(tmp_path, Adapter("lora", ba_lora().config, layers="*.up_proj"), module=Prompted())
+    with pytest.raises(ConfigError, match="nobody knows how it started"):
+        fit(tmp_path, ba_lora(), module=other)
