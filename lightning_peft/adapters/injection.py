@@ -176,6 +176,8 @@ def inject(
     except LightningPeftError:
         raise
     except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, ImportError) as error:
+        if start is not None and error is start.failure:  # the user's own
+            raise
         raise ConfigError(f"peft cannot put {config.peft_type} into {target!r}: {_reason(error)}") from error
     finally:
         if mesh is not None:
