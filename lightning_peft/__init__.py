@@ -78,6 +78,7 @@ _PUBLIC: dict[str, str] = {
     "PromptTuning": "lightning_peft.adapters.presets",
     "VeRA": "lightning_peft.adapters.presets",
     "load_from_checkpoint": "lightning_peft.adapters.files",
+    "merge_adapters": "lightning_peft.adapters.files",
     # reports
     "TrainableTable": "lightning_peft.report.table",
     "TrainingLedger": "lightning_peft.report.ledger_plot",
@@ -103,7 +104,7 @@ if TYPE_CHECKING:
     from lightning_peft.adapters.adapter import Adapter
     from lightning_peft.adapters.ba_lora import BALoRA
     from lightning_peft.adapters.data_driven import EVA, CorDA, LoRAGA, LoRASB
-    from lightning_peft.adapters.files import load_from_checkpoint
+    from lightning_peft.adapters.files import load_from_checkpoint, merge_adapters
     from lightning_peft.adapters.lora_fa import LoRAFA
     from lightning_peft.adapters.lora_plus import LoRAPlus
     from lightning_peft.adapters.native.bottleneck import ParallelAdapter, SeriesAdapter

@@ -2,9 +2,10 @@
 
 ``fit | validate | test | predict`` are Lightning's own command line over any LightningModule and LightningDataModule,
 with this package's names known to it (:mod:`lightning_peft.cli.run`); ``methods`` lists the methods
-(:mod:`lightning_peft.cli.methods`) and ``schedule`` writes a schedule (:mod:`lightning_peft.cli.schedule`). This module
-decides which of them runs and turns mistakes into a few lines
-(:mod:`lightning_peft.cli.diagnose`). It imports nothing heavy, so that help and a mistyped command answer at once.
+(:mod:`lightning_peft.cli.methods`), ``schedule`` writes a schedule (:mod:`lightning_peft.cli.schedule`), and ``merge``
+and ``export`` take adapters out of a checkpoint (:mod:`lightning_peft.cli.adapters`). This module decides which of them
+runs and turns mistakes into a few lines (:mod:`lightning_peft.cli.diagnose`). It imports nothing heavy, so that help
+and a mistyped command answer at once.
 
 Exit codes: 0 done, 1 the run failed, 2 the command line or a configuration file is wrong.
 """
@@ -27,6 +28,8 @@ _RUN_COMMANDS = {
 }
 _COMMANDS = {
     **_RUN_COMMANDS,
+    "merge": "merge the adapters of a checkpoint into a plain Hugging Face folder",
+    "export": "write the adapters of a checkpoint as peft reads them",
     "schedule": "write a fine-tuning schedule of a model, to edit",
     "methods": "list the fine-tuning methods; `methods NAME` shows one whole",
 }
@@ -82,6 +85,10 @@ def main(args: Sequence[str] | None = None) -> int:
             from lightning_peft.cli.schedule import write_schedule
 
             return write_schedule(args[1:], debug=debug)
+        if command in ("merge", "export"):
+            from lightning_peft.cli import adapters
+
+            return getattr(adapters, command)(args[1:], debug=debug)
         from lightning_peft.cli.run import run
 
         return run(args, debug=debug)
