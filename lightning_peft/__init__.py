@@ -54,9 +54,14 @@ _PUBLIC: dict[str, str] = {
     "SSF": "lightning_peft.adapters.native.ssf",
     "IncreLoRA": "lightning_peft.adapters.native.increlora",
     "TriAdaptLoRA": "lightning_peft.adapters.native.triadapt_lora",
+    "LoRAMoE": "lightning_peft.adapters.native.loramoe",
+    "MTLoRA": "lightning_peft.adapters.native.mtlora",
+    "set_tasks": "lightning_peft.adapters.native.mtlora",
     "SeriesAdapter": "lightning_peft.adapters.native.bottleneck",
     "ParallelAdapter": "lightning_peft.adapters.native.bottleneck",
     "Compacter": "lightning_peft.adapters.native.compacter",
+    "LoFiT": "lightning_peft.adapters.native.lofit",
+    "LoFiTSelection": "lightning_peft.adapters.native.lofit",
     "AdaMSS": "lightning_peft.adapters.adamss",
     "BALoRA": "lightning_peft.adapters.ba_lora",
     "AdaLoRA": "lightning_peft.adapters.presets",
@@ -110,7 +115,10 @@ if TYPE_CHECKING:
     from lightning_peft.adapters.native.bottleneck import ParallelAdapter, SeriesAdapter
     from lightning_peft.adapters.native.compacter import Compacter
     from lightning_peft.adapters.native.increlora import IncreLoRA
+    from lightning_peft.adapters.native.lofit import LoFiT, LoFiTSelection
     from lightning_peft.adapters.native.lora_sb import LoRASBConfig, calibrate_lora_sb
+    from lightning_peft.adapters.native.loramoe import LoRAMoE
+    from lightning_peft.adapters.native.mtlora import MTLoRA, set_tasks
     from lightning_peft.adapters.native.presets import IntTune, LoLDU, LoRAXS, NLoRA, SLoRA
     from lightning_peft.adapters.native.ssf import SSF
     from lightning_peft.adapters.native.triadapt_lora import TriAdaptLoRA

@@ -9,9 +9,12 @@ from __future__ import annotations
 from lightning_peft.adapters.native.bottleneck import BottleneckConfig
 from lightning_peft.adapters.native.compacter import CompacterConfig
 from lightning_peft.adapters.native.increlora import IncreLoRAConfig
+from lightning_peft.adapters.native.lofit import LoFiTConfig
 from lightning_peft.adapters.native.loldu import LoLDUConfig
 from lightning_peft.adapters.native.lora_sb import LoRASBConfig, calibrate_lora_sb
 from lightning_peft.adapters.native.lora_xs import LoRAXSConfig
+from lightning_peft.adapters.native.loramoe import LoRAMoEConfig
+from lightning_peft.adapters.native.mtlora import MTLoRAConfig, set_tasks
 from lightning_peft.adapters.native.nlora import IntTuneConfig, NLoRAConfig, SLoRAConfig
 from lightning_peft.adapters.native.ssf import SSFConfig
 from lightning_peft.adapters.native.triadapt_lora import TriAdaptLoRAConfig
@@ -21,12 +24,16 @@ __all__ = [
     "CompacterConfig",
     "IncreLoRAConfig",
     "IntTuneConfig",
+    "LoFiTConfig",
     "LoLDUConfig",
+    "LoRAMoEConfig",
     "LoRASBConfig",
     "LoRAXSConfig",
+    "MTLoRAConfig",
     "NLoRAConfig",
     "SLoRAConfig",
     "SSFConfig",
     "TriAdaptLoRAConfig",
     "calibrate_lora_sb",
+    "set_tasks",
 ]

@@ -6,6 +6,7 @@ of a tuple that it returns, the first entry is changed.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_peft.adapters.native.tuner import NativeLayer
 from lightning_peft.errors import ConfigError
 
-__all__ = ["FeatureLayer", "axes_after_features", "input_of", "is_layer"]
+__all__ = ["FeatureLayer", "add_bias", "axes_after_features", "input_of", "is_layer"]
 
 _CHANNEL_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
 
@@ -89,3 +90,14 @@ class FeatureLayer(NativeLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say that there is no weight that the method adds."""
         return False
+
+
+def add_bias(base: Any, values: Tensor, method: str) -> None:
+    """Give a layer without a bias one, and say so: a model that is built anew has none."""
+    warnings.warn(
+        f"{method} was merged into layers without a bias, which got one. Code that builds the model without it "
+        "(transformers' from_pretrained) would leave it out: build it with biases, where its configuration can "
+        "(Llama: attention_bias, mlp_bias), or keep the adapter beside the base.",
+        stacklevel=2,
+    )
+    base.bias = nn.Parameter(values.to(base.weight.dtype), requires_grad=False)

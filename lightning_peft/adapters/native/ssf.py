@@ -8,7 +8,6 @@ use. Lian, Zhou, Feng and Wang, 2022, arXiv:2210.08823.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.adapters.adapter import Adapter
-from lightning_peft.adapters.native.features import FeatureLayer, axes_after_features, is_layer
+from lightning_peft.adapters.native.features import FeatureLayer, add_bias, axes_after_features, is_layer
 from lightning_peft.adapters.native.tuner import NativeConfig, NativeTuner, register
 from lightning_peft.core.blocks import is_norm
 from lightning_peft.core.quantized import is_quantized
@@ -142,7 +141,7 @@ class SSFLayer(FeatureLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put scales and shifts into weight and bias, computed in the adapter's dtype and rounded once.
 
-        A layer without a bias gets one if there is a shift.
+        A layer without a bias gets one if there is a shift (``shift="existing"`` has none there).
 
         Raises:
             ConfigError: If the base weight is quantised, or if an RMS norm has a shift.
@@ -167,13 +166,7 @@ class SSFLayer(FeatureLayer):
                 raise ValueError("The merged weight is not finite: the adapter seems to be broken.")
             base.weight.data.copy_(weight)
             if bias is not None and base.bias is None:
-                warnings.warn(
-                    "SSF was merged into layers without a bias, which got one. Code that builds the model without it "
-                    "(transformers' from_pretrained) would leave it out: build it with biases (Llama: attention_bias, "
-                    "mlp_bias), or train with shift='existing'.",
-                    stacklevel=2,
-                )
-                base.bias = nn.Parameter(bias.to(base.weight.dtype), requires_grad=False)
+                add_bias(base, bias, "SSF")
                 self._added_bias = True
             elif bias is not None:
                 base.bias.data.copy_(bias)
