@@ -155,9 +155,8 @@ class SSFLayer(FeatureLayer):
             scale = self.tensor("scale", name)
             offset = norm_offset(base) if self.kind == "norm" else 0.0
             weight = (base.weight.to(scale.dtype) + offset) * self._rows(scale) - offset
-            bias = None
-            if getattr(base, "bias", None) is not None:
-                bias = base.bias.to(scale.dtype) * scale
+            held: Any = getattr(base, "bias", None)
+            bias = None if held is None else held.to(scale.dtype) * scale
             if name in self.ssf_shift:
                 shift = self.tensor("shift", name)
                 bias = shift.clone() if bias is None else bias + shift
@@ -165,11 +164,11 @@ class SSFLayer(FeatureLayer):
             if safe_merge and not all(torch.isfinite(value).all() for value in values):
                 raise ValueError("The merged weight is not finite: the adapter seems to be broken.")
             base.weight.data.copy_(weight)
-            if bias is not None and base.bias is None:
+            if bias is not None and held is None:
                 add_bias(base, bias, "SSF")
                 self._added_bias = True
             elif bias is not None:
-                base.bias.data.copy_(bias)
+                held.data.copy_(bias)
             self.merged_adapters.append(name)
 
     @torch.no_grad()
