@@ -46,7 +46,7 @@ from lightning_peft.core.trainable import (
     set_trainable,
 )
 from lightning_peft.data.loader import attach_trainer
-from lightning_peft.errors import ResumeMismatch, UnsupportedStrategy
+from lightning_peft.errors import ResumeMismatch, ScopeError, UnsupportedStrategy
 from lightning_peft.methods.checks import (
     GradientWatch,
     MovementCheck,
@@ -127,6 +127,10 @@ class Engine:
             self._check_can_shard(method)
         self._structure, self._in_force = structure, True
         self._registered = frozenset().union(*(method.before_wrap() for method in self.methods))
+        if not self._registered:
+            raise ScopeError(
+                f"{', '.join(method.label for method in self.methods)}: nothing of the model trains in this run."
+            )
         lasting = frozenset().union(*(method.lasting() for method in self.methods))
         check_checkpointing(structure, self._registered, lasting)
         set_flags(structure.parameters, {name: name in self._registered for name in structure.parameters})
