@@ -164,11 +164,11 @@ class SSFLayer(FeatureLayer):
             if safe_merge and not all(torch.isfinite(value).all() for value in values):
                 raise ValueError("The merged weight is not finite: the adapter seems to be broken.")
             base.weight.data.copy_(weight)
-            if bias is not None and held is None:
+            if bias is not None and held is not None:
+                held.data.copy_(bias)
+            elif bias is not None:
                 add_bias(base, bias, "SSF")
                 self._added_bias = True
-            elif bias is not None:
-                held.data.copy_(bias)
             self.merged_adapters.append(name)
 
     @torch.no_grad()
