@@ -12,13 +12,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from typing_extensions import override
 
-from lightning_peft.adapters.calibration import find_start
+from lightning_peft.adapters.calibration import convert_all, find_start
 from lightning_peft.adapters.config import make_config, plain_config
 from lightning_peft.adapters.drivers import Driver, FrozenDriver, driver_for
 from lightning_peft.adapters.frozen_base import attach_frozen_base, fingerprints
 from lightning_peft.adapters.injection import Injected, activate, inject, injected
 from lightning_peft.core.blocks import Structure
 from lightning_peft.core.draw import Draw
+from lightning_peft.core.instance import replace_on
 from lightning_peft.core.names import named_parameters
 from lightning_peft.core.plan import Claim
 from lightning_peft.core.scope import Scope
@@ -126,7 +127,7 @@ class Adapter(MethodCallback):
         self._injected: Injected | None = None
         self._driver: Driver | None = None
         self._own: frozenset[str] = frozenset()
-        self._undo_steps: dict[str, Any] = {}
+        self._unwrap_steps: Callable[[], None] = _nothing
         self._base: dict[str, int] | None = None
 
     # ------------------------------------------------------------------ what a user reads
@@ -169,6 +170,27 @@ class Adapter(MethodCallback):
         assert self.handle is not None
         assert self._injected is not None
         return export_adapter(self._injected, folder)
+
+    def reduce_intruders(self, top: int = 10, threshold: float = 0.5, scale: float = 0.75) -> dict[str, int]:
+        """Scale down, in place, what a trained LoRA has put on top of the weights' spectrum and pretraining lacks.
+
+        Brings back what fine-tuning made the model forget, at some cost for the task; call it after the fit, before
+        :meth:`export` or a merge. R. Shuttleworth et al., arXiv:2410.21228.
+
+        Args:
+            top: Leading singular vectors of each tuned weight that are looked at, 1 or more.
+            threshold: Largest absolute cosine with those of the base at which one is an intruder, in ``(0, 1)``.
+            scale: Factor on an intruder's singular value, in ``[0, 1]``; 1 leaves it, 0 removes it.
+
+        Returns:
+            Path of each layer below the target -> number of its intruders.
+
+        Raises:
+            ConfigError: If the adapter is not a plain LoRA, or the base is quantised or sharded.
+        """
+        from lightning_peft.adapters.intruders import reduce_intruders
+
+        return reduce_intruders(self.handle, self.adapter_name, top=top, threshold=threshold, scale=scale)
 
     # ------------------------------------------------------------------ the method
 
@@ -244,6 +266,7 @@ class Adapter(MethodCallback):
             prepare = getattr(trainer.precision_plugin, "prepare", None)
             if prepare is not None:  # quantise first
                 prepare(pl_module)
+            convert_all(trainer, pl_module)  # what a checkpoint's fingerprints are of
             start, waits = find_start(
                 trainer,
                 pl_module,
@@ -331,10 +354,10 @@ class Adapter(MethodCallback):
     def _wrap_steps(self) -> None:
         """Let all adapters of the run see each batch, and add to the training loss; by the first of them, once."""
         module = self._module
-        for name in ("training_step", "validation_step", "test_step", "predict_step"):
-            if is_overridden(name, module):
-                self._undo_steps[name] = module.__dict__.get(name)
-                setattr(module, name, self._wrapped(getattr(module, name), name == "training_step"))
+        names = ("training_step", "validation_step", "test_step", "predict_step")
+        steps = {name: getattr(module, name) for name in names if is_overridden(name, module)}
+        wrapped = {name: self._wrapped(step, name == "training_step") for name, step in steps.items()}
+        self._unwrap_steps = replace_on(module, **wrapped)
 
     def _wrapped(self, original: Callable[..., Any], adds_loss: bool) -> Callable[..., Any]:
         def step(*args: Any, **kwargs: Any) -> Any:  # not functools.wraps: Lightning follows __wrapped__
@@ -349,14 +372,6 @@ class Adapter(MethodCallback):
             return output
 
         return step
-
-    def _unwrap_steps(self) -> None:
-        for name, previous in self._undo_steps.items():
-            if previous is None:
-                self._module.__dict__.pop(name, None)
-            else:
-                setattr(self._module, name, previous)
-        self._undo_steps = {}
 
     @override
     def switched(self, trainer: Trainer) -> None:
@@ -394,6 +409,10 @@ class Adapter(MethodCallback):
     def load_method_state(self, state: dict[str, Any]) -> None:
         if self._driver is not None and state:
             self._driver.load_state_dict(state)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _add_loss(output: Any, extra: torch.Tensor | None) -> Any:
