@@ -28,21 +28,22 @@ if TYPE_CHECKING:
 __all__ = ["Poly", "PolyDriver", "ids_of"]
 
 
-def ids_of(batch: Any, key: str | int) -> Tensor:
+def ids_of(batch: Any, key: str | int, argument: str = "task_ids") -> Tensor:
     """Return the task ids of a batch, (rows,).
 
     Args:
         batch: A mapping, or a sequence for a number as ``key``.
         key: Where they are.
+        argument: How the user's argument is called that says it.
 
     Raises:
         ConfigError: If the batch has none there, or they are no vector of whole numbers.
     """
-    found = entry_of(batch, key, "task_ids")
+    found = entry_of(batch, key, argument)
     ids = torch.as_tensor(found)
     if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex():
         raise ConfigError(
-            f"task_ids={key!r}: one whole number per row of the batch is needed, and this is a tensor of shape "
+            f"{argument}={key!r}: one whole number per row of the batch is needed, and this is a tensor of shape "
             f"{tuple(ids.shape)} and {ids.dtype}."
         )
     return ids

@@ -37,19 +37,27 @@ BOTH = pytest.mark.parametrize("method", METHODS)
 
 
 def run(
-    callbacks: list[Any], folder: Path, steps: int = 12, ckpt: Path | None = None, module: Any = None, **options: Any
-) -> Any:
+    callbacks: list[Any],
+    folder: Path,
+    steps: int = 12,
+    ckpt: Path | None = None,
+    module: Any = None,
+    data: Any = None,
+    **options: Any,
+) -> tuple[Any, pl.Trainer]:
     module = Module() if module is None else module
-    quiet = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
     trainer = pl.Trainer(
-        max_steps=steps, callbacks=callbacks, default_root_dir=folder, accelerator="cpu", **quiet, **options
+        max_steps=steps,
+        callbacks=callbacks,
+        default_root_dir=folder,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **options,
     )
-    trainer.fit(module, loader(), ckpt_path=ckpt)
+    trainer.fit(module, loader() if data is None else data, ckpt_path=ckpt)
     return module, trainer
 
 
