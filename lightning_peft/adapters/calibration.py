@@ -41,10 +41,9 @@ from lightning_peft.methods.scoring import scoring_loss, without_trace
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-__all__ = ["FromBatches", "FromCheckpoint", "Start", "find_start"]
+__all__ = ["FromBatches", "FromCheckpoint", "Start", "convert_all", "find_start"]
 
 _MOST_ROUNDS = 100  # how often EVA may see each batch until its directions hold still
-_CONVERTING = (HalfPrecision, DoublePrecision)
 
 
 class Start:
@@ -129,9 +128,6 @@ class FromBatches(Start):
         self, root: nn.Module, base: nn.Module, config: Any, adapter_name: str, apply: Callable[[Any], PeftModel]
     ) -> PeftModel:
         self._check_place(base)
-        plugin = self._trainer.precision_plugin
-        if isinstance(plugin, _CONVERTING):  # Lightning would do it after the adapter is in
-            plugin.convert_module(root)
         with _on_device(self._module, self._trainer.strategy.root_device):
             if not hasattr(config, "init_lora_weights"):
                 return self._lora_sb(config, adapter_name, apply)
@@ -266,8 +262,7 @@ class FromBatches(Start):
             prepare = self._corda if config.init_lora_weights == "corda" else self._lora_ga
             prepare(base, config, layers, batches)
         handle = apply(config)
-        if isinstance(self._trainer.precision_plugin, _CONVERTING):
-            self._trainer.precision_plugin.convert_module(self._module)  # the factors that will train
+        convert_all(self._trainer, self._module)  # the factors that will train
         factors = {path: _factors(handle, path, adapter_name) for path in layers}
         self.factors = self._trainer.strategy.broadcast(factors)
         self.base_marks = _change_base(root, handle, adapter_name, self.factors, originals)
@@ -364,6 +359,12 @@ class FromBatches(Start):
         torch.manual_seed(self._seed)  # inject gives the state back
         calibrate_lora_sb(self._module, batches, self._loss, adapter_name=adapter_name)
         return handle
+
+
+def convert_all(trainer: Trainer, module: LightningModule) -> None:
+    """Bring a module into the precision that ``bf16-true``, ``16-true`` and ``64-true`` give it later anyway."""
+    if isinstance(trainer.precision_plugin, (HalfPrecision, DoublePrecision)):
+        trainer.precision_plugin.convert_module(module)
 
 
 def find_start(
