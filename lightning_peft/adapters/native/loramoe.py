@@ -62,8 +62,8 @@ class LoRAMoEConfig(NativeConfig):
         self._check_number("balance_shift", 0.0, 1.0)
         if self.num_experts % self.num_types:
             raise ConfigError(
-                f"LoRAMoEConfig: num_experts={self.num_experts} cannot be shared among num_types={self.num_types}: take "
-                "a multiple."
+                f"LoRAMoEConfig: num_experts={self.num_experts} cannot be shared among num_types={self.num_types}: "
+                "take a multiple."
             )
 
     def make_driver(self, handle: Any, adapter_name: str) -> LoRAMoEDriver:
