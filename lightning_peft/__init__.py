@@ -57,9 +57,11 @@ _PUBLIC: dict[str, str] = {
     "LoRAMoE": "lightning_peft.adapters.native.loramoe",
     "MTLoRA": "lightning_peft.adapters.native.mtlora",
     "set_tasks": "lightning_peft.adapters.native.mtlora",
+    "VPT": "lightning_peft.adapters.native.vpt",
     "SeriesAdapter": "lightning_peft.adapters.native.bottleneck",
     "ParallelAdapter": "lightning_peft.adapters.native.bottleneck",
     "Compacter": "lightning_peft.adapters.native.compacter",
+    "MoSA": "lightning_peft.adapters.native.mosa",
     "LoFiT": "lightning_peft.adapters.native.lofit",
     "LoFiTSelection": "lightning_peft.adapters.native.lofit",
     "AdaMSS": "lightning_peft.adapters.adamss",
@@ -118,10 +120,12 @@ if TYPE_CHECKING:
     from lightning_peft.adapters.native.lofit import LoFiT, LoFiTSelection
     from lightning_peft.adapters.native.lora_sb import LoRASBConfig, calibrate_lora_sb
     from lightning_peft.adapters.native.loramoe import LoRAMoE
+    from lightning_peft.adapters.native.mosa import MoSA
     from lightning_peft.adapters.native.mtlora import MTLoRA, set_tasks
     from lightning_peft.adapters.native.presets import IntTune, LoLDU, LoRAXS, NLoRA, SLoRA
     from lightning_peft.adapters.native.ssf import SSF
     from lightning_peft.adapters.native.triadapt_lora import TriAdaptLoRA
+    from lightning_peft.adapters.native.vpt import VPT
     from lightning_peft.adapters.pego import PEGO
     from lightning_peft.adapters.poly import Poly
     from lightning_peft.adapters.presets import (

@@ -14,10 +14,12 @@ from lightning_peft.adapters.native.loldu import LoLDUConfig
 from lightning_peft.adapters.native.lora_sb import LoRASBConfig, calibrate_lora_sb
 from lightning_peft.adapters.native.lora_xs import LoRAXSConfig
 from lightning_peft.adapters.native.loramoe import LoRAMoEConfig
+from lightning_peft.adapters.native.mosa import MoSAConfig
 from lightning_peft.adapters.native.mtlora import MTLoRAConfig, set_tasks
 from lightning_peft.adapters.native.nlora import IntTuneConfig, NLoRAConfig, SLoRAConfig
 from lightning_peft.adapters.native.ssf import SSFConfig
 from lightning_peft.adapters.native.triadapt_lora import TriAdaptLoRAConfig
+from lightning_peft.adapters.native.vpt import VPTConfig
 
 __all__ = [
     "BottleneckConfig",
@@ -30,10 +32,12 @@ __all__ = [
     "LoRASBConfig",
     "LoRAXSConfig",
     "MTLoRAConfig",
+    "MoSAConfig",
     "NLoRAConfig",
     "SLoRAConfig",
     "SSFConfig",
     "TriAdaptLoRAConfig",
+    "VPTConfig",
     "calibrate_lora_sb",
     "set_tasks",
 ]
