@@ -127,6 +127,7 @@ class Adapter(MethodCallback):
         self._injected: Injected | None = None
         self._driver: Driver | None = None
         self._own: frozenset[str] = frozenset()
+        self._undo_masters: Callable[[], None] = _nothing
         self._unwrap_steps: Callable[[], None] = _nothing
         self._base: dict[str, int] | None = None
 
@@ -254,11 +255,16 @@ class Adapter(MethodCallback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._undo_masters()
         adapters = [method for method in Engine.of(trainer).methods if isinstance(method, Adapter)]
         self._unwrap_steps()
         self._is_first = adapters[0] is self
         self._engine, self._module = Engine.of(trainer), pl_module
         self._base = None
+        if self._is_first:
+            from lightning_peft.adapters.master_weights import keep_masters
+
+            self._undo_masters = keep_masters(trainer, pl_module)
 
         def build() -> None:
             from lightning_peft.adapters.files import load_adapter_weights
@@ -336,7 +342,7 @@ class Adapter(MethodCallback):
 
     def make_driver(self, adapter: Injected) -> Driver:
         """Return what drives the adapter; a method of this package's own says it here."""
-        return driver_for(adapter.handle, adapter.adapter_name)
+        return driver_for(adapter.handle, adapter.adapter_name, adapter.seed)
 
     @override
     def prepare_optimizers(self, trainer: Trainer) -> None:
@@ -388,6 +394,7 @@ class Adapter(MethodCallback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
         Adapter.finished(self)
+        self._undo_masters()
 
     @override
     def on_before_optimizer_step(
@@ -413,6 +420,10 @@ class Adapter(MethodCallback):
 
 def _nothing() -> None:
     pass
+
+
+def _nothing() -> None:
+    """Undo nothing."""
 
 
 def _add_loss(output: Any, extra: torch.Tensor | None) -> Any:

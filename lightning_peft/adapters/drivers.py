@@ -114,7 +114,7 @@ class FrozenDriver(Driver):
 
 
 class LossDriver(Driver):
-    """Methods whose regulariser ``peft`` computes and leaves to the loop to add (KaSA, MonteCLoRA)."""
+    """Methods whose regulariser ``peft`` computes and leaves to the loop to add (KaSA)."""
 
     adds_loss = True
 
@@ -230,8 +230,8 @@ def scale_rates(trainer: Trainer, parameters: Iterable[Tensor], ratio: float) ->
                 scale_learning_rate(optimizer, schedulers, index, ratio)
 
 
-def driver_for(handle: PeftModel, adapter_name: str) -> Driver:
-    """Return what drives an adapter."""
+def driver_for(handle: PeftModel, adapter_name: str, seed: int = 0) -> Driver:
+    """Return what drives an adapter; ``seed`` is of what it draws."""
     config: Any = handle.peft_config[adapter_name]
     if hasattr(config, "make_driver"):  # of this package's own methods
         return config.make_driver(handle, adapter_name)
@@ -249,5 +249,7 @@ def driver_for(handle: PeftModel, adapter_name: str) -> Driver:
     if getattr(config, "kasa_config", None):
         return LossDriver(handle, adapter_name, "_get_kasa_loss")
     if getattr(config, "monteclora_config", None):
-        return LossDriver(handle, adapter_name, "_get_monteclora_loss")
+        from lightning_peft.adapters.monteclora import MonteCLoRADriver
+
+        return MonteCLoRADriver(handle, adapter_name, seed)
     return Driver(handle, adapter_name)

@@ -272,7 +272,7 @@ def merge_adapters(handle: PeftModel, dequantize: bool = False) -> nn.Module:
             warnings.filterwarnings("ignore", ".*no longer tied after merging", UserWarning)
             warnings.filterwarnings("ignore", ".*tie_word_embeddings", UserWarning)
             merged = handle.merge_and_unload()  # type: ignore[operator]
-    except (NotImplementedError, AttributeError) as error:
+    except (NotImplementedError, AttributeError, ValueError) as error:
         kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in handle.peft_config.values()}
         raise ConfigError(f"{', '.join(sorted(kinds))} cannot be merged into the base: {error}") from error
     _tell_untied(merged)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.config import plain_config
 from lightning_peft.adapters.conversion import initial_factors, weights_before
+from lightning_peft.adapters.limits import check_adapted, check_complete, check_quantised
 from lightning_peft.adapters.places import module_paths
 from lightning_peft.core.blocks import find_structure
 from lightning_peft.core.names import named_parameters
@@ -147,9 +148,12 @@ def inject(
                 "another adapter_name, or build the model anew."
             )
         return found
+    from lightning_peft.adapters.master_weights import compute_in_input_dtype
+
     base = _submodule(root, target)
     config = copy.deepcopy(config)
     siblings = [adapter for (path, _), adapter in present.items() if path == target]
+    check_complete(config)
     _check_init(base, config, bool(siblings), start)
     if layers is not None:
         places = getattr(config, "places", None)
@@ -175,13 +179,15 @@ def inject(
             handle = apply(config) if start is None else start.put_in(root, base, config, adapter_name, apply)
     except LightningPeftError:
         raise
-    except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, ImportError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ImportError) as error:
         if start is not None and error is start.failure:  # the user's own
             raise
         raise ConfigError(f"peft cannot put {config.peft_type} into {target!r}: {_reason(error)}") from error
     finally:
         if mesh is not None:
             root.__dict__["_device_mesh"] = mesh
+    compute_in_input_dtype(handle)
+    _check(handle, adapter_name, target, may_unload=not siblings)
     if handle.get_base_model() is not base or _takes_its_place(config):
         _replace(root, target, handle)
     after = named_parameters(root)
@@ -204,6 +210,16 @@ def inject(
         adapter.initial_factors = initial_factors(handle, adapter_name, before)
     object.__setattr__(root, _MARK, {**root.__dict__.get(_MARK, {}), (target, adapter_name): adapter})
     return adapter
+
+
+def _check(handle: Any, adapter_name: str, target: str, may_unload: bool) -> None:
+    try:
+        check_adapted(handle, adapter_name, target)
+        check_quantised(handle, adapter_name, target)
+    except ConfigError:
+        if may_unload and hasattr(handle.base_model, "unload"):
+            handle.base_model.unload()
+        raise
 
 
 def activate(root: nn.Module, target: str) -> None:
