@@ -1,4 +1,4 @@
-"""What peft would put in without a word and compute wrong is refused before training, and MonteCLoRA's noise resumes."""
+"""What peft would put in and compute wrong is refused before training, and MonteCLoRA's noise resumes."""
 
 from __future__ import annotations
 
