@@ -17,21 +17,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import override
 
 from lightning_peft.adapters.adapter import Adapter
 from lightning_peft.adapters.drivers import Driver, entry_of, lora_layers
-from lightning_peft.adapters.injection import Injected, injected
+from lightning_peft.adapters.injection import Injected
 from lightning_peft.adapters.presets import lora_config
 from lightning_peft.errors import ConfigError
 from lightning_peft.methods.arguments import is_number, is_whole
 
 __all__ = ["BALoRA", "BALoRADriver", "consistency_loss", "diversity_loss", "spectrum_loss"]
 
-_START = "_lightning_peft_start"
 _IGNORE = -100
 
 
@@ -96,14 +94,10 @@ class BALoRADriver(Driver):
         self.consistency, self.diversity, self.spectrum = consistency, diversity, spectrum
         self.temperature, self.top_tokens, self.top_singular = temperature, top_tokens, top_singular
         self._model: nn.Module = self.handle.get_base_model()
-        layers = lora_layers(self.handle, self.adapter_name).values()
-        factors = [part[self.adapter_name].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
-        self._factors: list[nn.Parameter] = factors
-        starts: list[Tensor] | None = getattr(self.handle, _START, None)
-        if starts is None:
-            starts = [factor.detach().clone() for factor in factors]
-            object.__setattr__(self.handle, _START, starts)
-        self._starts = starts
+        layers = lora_layers(self.handle, self.adapter_name)
+        parts = [(path, (layer.lora_A, layer.lora_B)) for path, layer in layers.items()]
+        self._factors: list[nn.Parameter] = [part[self.adapter_name].weight for _, pair in parts for part in pair]
+        self._starts: list[Tensor] = [factor for path, _ in parts for factor in adapter.initial_factors[path]]
         self._batch: Any = None
         self._seen: list[tuple[Tensor, Tensor | None]] | None = None
         self._model.register_forward_hook(self._after_forward, with_kwargs=True)
@@ -206,8 +200,8 @@ class BALoRA(Adapter):
         seed: Of the randomised decomposition.
 
     Raises:
-        ConfigError: If an argument is out of its range, or the model already has this adapter, from elsewhere. From a
-            step, if the target is called more than once or gives no logits of tokens.
+        ConfigError: If an argument is out of its range. From a step, if the target is called more than once or gives
+            no logits of tokens.
         UnsupportedStrategy: From the fit, if the strategy shards parameters.
 
     Example:
@@ -259,16 +253,6 @@ class BALoRA(Adapter):
         self.labels, self.iterations = labels, iterations
         init = "pissa" if iterations is None else f"pissa_niter_{iterations}"
         super().__init__("lora", lora_config(rank, rank, 0.0, init), target, layers, adapter_name, always, seed)
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        found = injected(pl_module).get((self.target, self.adapter_name))
-        if found is not None and not hasattr(found.handle, _START):
-            raise ConfigError(
-                f"{self.label}: the model has this adapter already, and nobody knows how it started. Build the model "
-                "anew, and go on by fit(ckpt_path=)."
-            )
-        super().setup(trainer, pl_module, stage)
 
     @override
     def make_driver(self, adapter: Injected) -> Driver:

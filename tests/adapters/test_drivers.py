@@ -230,10 +230,12 @@ class Records(pl.Callback):
     def __init__(self) -> None:
         self.losses: list[torch.Tensor] = []
         self.weights: list[dict[str, torch.Tensor]] = []
+        self.batches: list[Any] = []
         self.gradients: list[dict[str, torch.Tensor]] = []
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.weights.append(weights(pl_module))
+        self.batches.append(batch)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
         self.losses.append(outputs["loss"])
@@ -450,8 +452,16 @@ def test_ba_lora_mistakes(tmp_path: Path) -> None:
         fit(tmp_path, ba_lora(labels=1), module=TwoLosses())
     with pytest.raises(ConfigError, match=r"diversity=-1.*temperature=0.*top_singular=0"):
         BALoRA(diversity=-1, temperature=0, top_singular=0)
-    module, _ = fit(tmp_path, ba_lora(), module=Prompted())
-    fit(tmp_path, ba_lora(), module=module)  # its start is known
-    other, _ = fit(tmp_path, Adapter("lora", ba_lora().config, layers="*.up_proj"), module=Prompted())
-    with pytest.raises(ConfigError, match="nobody knows how it started"):
-        fit(tmp_path, ba_lora(), module=other)
+
+
+def test_ba_lora_goes_on_from_a_model_that_another_run_has_trained(tmp_path: Path) -> None:
+    module, _ = fit(tmp_path, ba_lora(), Elsewhere(30.0), module=Prompted())
+    records = Records()
+    fit(tmp_path, ba_lora(consistency=1.0, diversity=0.0, spectrum=0.0), records, module=module)
+    batch = records.batches[0]
+    reference = copy.deepcopy(_pretrained(MODEL)).eval()(input_ids=batch["input_ids"], use_cache=False).logits
+    module.load_state_dict(records.weights[0])
+    logits = module.model(input_ids=batch["input_ids"], use_cache=False).logits
+    expected = ba_lora_by_hand(logits, reference, (1.0, 0.0, 0.0))
+    assert expected > 1e-4
+    torch.testing.assert_close(2 * records.losses[0] - module.own[11], expected.detach(), rtol=1e-2, atol=1e-6)
