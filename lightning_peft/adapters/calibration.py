@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -122,19 +122,28 @@ class FromBatches(Start):
         super().__init__()
         self._trainer, self._module = trainer, pl_module
         self._num_batches, self._seed, self._label = num_batches, seed, label
+        self._waiting: Any = None  # put in, and without its start
 
     @override
     def put_in(
         self, root: nn.Module, base: nn.Module, config: Any, adapter_name: str, apply: Callable[[Any], PeftModel]
     ) -> PeftModel:
         self._check_place(base)
-        with _on_device(self._module, self._trainer.strategy.root_device):
-            if not hasattr(config, "init_lora_weights"):
-                return self._lora_sb(config, adapter_name, apply)
-            config.init_lora_weights = str(config.init_lora_weights).lower()
-            if config.init_lora_weights == "eva":
-                return self._eva(config, adapter_name, apply)
-            return self._change_the_base(root, base, config, adapter_name, apply)
+        flags = [(parameter, parameter.requires_grad) for parameter in self._module.parameters()]
+        try:
+            with _on_device(self._module, self._trainer.strategy.root_device):
+                if not hasattr(config, "init_lora_weights"):
+                    return self._lora_sb(config, adapter_name, apply)
+                config.init_lora_weights = str(config.init_lora_weights).lower()
+                if config.init_lora_weights == "eva":
+                    return self._eva(config, adapter_name, apply)
+                return self._change_the_base(root, base, config, adapter_name, apply)
+        except BaseException:
+            if self._waiting is not None:
+                self._waiting.base_model.unload()
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            raise
 
     # ------------------------------------------------------------------ what is common
 
@@ -190,7 +199,8 @@ class FromBatches(Start):
 
         config.eva_config = config.eva_config or EvaConfig()
         handle: Any = apply(config)
-        rows_seen: dict[str, int] = {}
+        self._waiting = handle
+        shapes: dict[str, torch.Size] = {}
         needed = {
             name: round(_rank(config, name) * config.eva_config.rho)
             for name, module in handle.named_modules()
@@ -199,7 +209,7 @@ class FromBatches(Start):
 
         def rows(layer_input: Any, mask: Tensor | None, name: str) -> Tensor:
             found = _rows(layer_input if isinstance(layer_input, Tensor) else layer_input[0], mask)
-            rows_seen[name] = max(rows_seen.get(name, 0), len(found))
+            shapes.setdefault(name, found.shape)
             return found
 
         passes = 0
@@ -208,15 +218,16 @@ class FromBatches(Start):
             nonlocal passes
             passes += 1
             self._loss(batch.content)
-            unused = [_below(name) for name in needed if name not in rows_seen]
+            unused = [_below(name) for name in needed if name not in shapes]
             if unused:
                 raise self._unused(unused)
-            poor = [name for name, least in needed.items() if rows_seen[name] < least]
-            if passes > len(batches) and poor:
+            poor = [name for name, most in needed.items() if min(shapes[name]) < 2 * most]
+            if poor:
+                rows, width = shapes[poor[0]]
                 raise ConfigError(
-                    f"{self._label}: {_below(poor[0])!r} sees at most {rows_seen[poor[0]]} inputs in a batch, and up "
-                    f"to {needed[poor[0]]} ranks (rank times rho) want as many. Use larger batches, or a smaller rank "
-                    "or rho."
+                    f"{self._label}: {_below(poor[0])!r} sees {rows} inputs of width {width} in a batch, and up to "
+                    f"{needed[poor[0]]} ranks (rank times rho) want twice as many of both. Use larger batches, or a "
+                    "smaller rank or rho."
                 )
             if passes > 1 + _MOST_ROUNDS * len(batches):
                 raise ConfigError(
@@ -224,25 +235,21 @@ class FromBatches(Start):
                     "Take more batches, or a smaller tau in eva_config."
                 )
 
-        try:
-            with _pass_over(self._module):
-                batches = [_Sealed(batch) for batch in self._batches()]
-                self._module.eval()
-                found = get_eva_state_dict(
-                    handle,
-                    batches,
-                    forward_fn=forward,
-                    prepare_model_inputs_fn=lambda batch, _: _mask(batch.content, config.eva_config),
-                    prepare_layer_inputs_fn=rows,
-                    adapter_name=adapter_name,
-                    gather_distributed_inputs=False,  # all ranks have the same
-                    show_progress_bar=False,
-                )
-            found = self._trainer.strategy.broadcast({name: value.cpu() for name, value in found.items()})
-            initialize_lora_eva_weights(handle, eva_state_dict=found, adapter_name=adapter_name)
-        except BaseException:
-            handle.base_model.unload()
-            raise
+        with _pass_over(self._module):
+            batches = [_Sealed(batch) for batch in self._batches()]
+            self._module.eval()
+            found = get_eva_state_dict(
+                handle,
+                batches,
+                forward_fn=forward,
+                prepare_model_inputs_fn=lambda batch, _: _mask(batch.content, config.eva_config),
+                prepare_layer_inputs_fn=rows,
+                adapter_name=adapter_name,
+                gather_distributed_inputs=False,  # all ranks have the same
+                show_progress_bar=False,
+            )
+        found = self._trainer.strategy.broadcast({name: value.cpu() for name, value in found.items()})
+        initialize_lora_eva_weights(handle, eva_state_dict=found, adapter_name=adapter_name)
         handle.base_model._cast_adapter_dtype(adapter_name=adapter_name)  # layers with a new rank are new
         return handle
 
@@ -262,7 +269,8 @@ class FromBatches(Start):
             prepare = self._corda if config.init_lora_weights == "corda" else self._lora_ga
             prepare(base, config, layers, batches)
         handle = apply(config)
-        convert_all(self._trainer, self._module)  # the factors that will train
+        if isinstance(self._trainer.strategy, ModelParallelStrategy):  # elsewhere they train in float32
+            convert_all(self._trainer, self._module)
         factors = {path: _factors(handle, path, adapter_name) for path in layers}
         self.factors = self._trainer.strategy.broadcast(factors)
         self.base_marks = _change_base(root, handle, adapter_name, self.factors, originals)
@@ -353,7 +361,7 @@ class FromBatches(Start):
     def _lora_sb(self, config: Any, adapter_name: str, apply: Callable[[Any], PeftModel]) -> PeftModel:
         from lightning_peft.adapters.native.lora_sb import calibrate_lora_sb
 
-        handle = apply(config)
+        self._waiting = handle = apply(config)
         with without_trace(self._module):
             batches = self._batches()
         torch.manual_seed(self._seed)  # inject gives the state back

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_peft import EVA, FSDP2Strategy
+from lightning_peft import EVA, FSDP2Strategy, ResumableDataLoader
 from lightning_peft.adapters import calibration
 from lightning_peft.errors import LightningPeftError
 from tests.adapters import test_calibration as cases
@@ -50,9 +50,9 @@ class WholeState(pl.Callback):
 
 def run(out: Path, name: str, strategy: Any, ckpt: Path | None = None, module: Any = None) -> WholeState:
     watch = WholeState(out / f"{name}.ckpt")
-    data = cases.data(24)
-    loader = torch.utils.data.DataLoader(data, batch_size=4)
+    loader = ResumableDataLoader(cases.data(24), batch_size=4)
     options: dict[str, Any] = {"devices": 2, "strategy": strategy, "gradient_clip_val": None}
+    options["use_distributed_sampler"] = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cases.fit(out, cases.STARTS[name](), watch, module=module, loader=loader, ckpt=ckpt, **options)
