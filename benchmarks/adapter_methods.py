@@ -219,7 +219,7 @@ METHODS: dict[str, Method] = {
     "eva": Method(_ours("EVA", rank=2), start_depends_on_batches=True),
     "corda": Method(_ours("CorDA", rank=2), changes_base=True, start_depends_on_batches=True),
     "lora_ga": Method(_ours("LoRAGA", rank=2), changes_base=True, start_depends_on_batches=True),
-    "kasa": Method(_peft("lora", r=2, kasa_config=lambda _: {}), changes_base=True, starts_elsewhere=True),
+    "kasa": Method(_ours("KaSA", rank=2), changes_base=True, starts_elsewhere=True),
     "monteclora": Method(_peft("lora", r=2, monteclora_config=lambda _: {}), starts_elsewhere=True),
     "adalora": Method(_peft("adalora", init_r=4, target_r=2, total_step=6, tinit=1, tfinal=2), may_rest=True),
     "adamss": Method(_peft("adamss", r=4, num_subspaces=2), may_rest=True),

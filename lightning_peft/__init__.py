@@ -13,6 +13,7 @@ __version__ = "0.1.0.dev0"
 
 _PUBLIC: dict[str, str] = {
     # layers
+    "KaSA": "lightning_peft.adapters.presets",
     "LISA": "lightning_peft.methods.layers.lisa",
     "HFT": "lightning_peft.methods.layers.hft",
     "IST": "lightning_peft.methods.layers.ist",
@@ -72,6 +73,7 @@ _PUBLIC: dict[str, str] = {
     "EVA": "lightning_peft.adapters.data_driven",
     "IA3": "lightning_peft.adapters.presets",
     "LoRA": "lightning_peft.adapters.presets",
+    "LAE": "lightning_peft.adapters.lae",
     "LoRAFA": "lightning_peft.adapters.lora_fa",
     "LoRAGA": "lightning_peft.adapters.data_driven",
     "LoRAPlus": "lightning_peft.adapters.lora_plus",
@@ -112,6 +114,7 @@ if TYPE_CHECKING:
     from lightning_peft.adapters.ba_lora import BALoRA
     from lightning_peft.adapters.data_driven import EVA, CorDA, LoRAGA, LoRASB
     from lightning_peft.adapters.files import load_from_checkpoint, merge_adapters
+    from lightning_peft.adapters.lae import LAE
     from lightning_peft.adapters.lora_fa import LoRAFA
     from lightning_peft.adapters.lora_plus import LoRAPlus
     from lightning_peft.adapters.native.bottleneck import ParallelAdapter, SeriesAdapter
@@ -133,6 +136,7 @@ if TYPE_CHECKING:
         OFT,
         AdaLoRA,
         DoRA,
+        KaSA,
         LoRA,
         MiSS,
         PiSSA,

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_peft.adapters.adapter import Adapter
 
-__all__ = ["IA3", "OFT", "AdaLoRA", "DoRA", "LoRA", "MiSS", "PiSSA", "PrefixTuning", "PromptTuning", "VeRA"]
+__all__ = ["IA3", "OFT", "AdaLoRA", "DoRA", "KaSA", "LoRA", "MiSS", "PiSSA", "PrefixTuning", "PromptTuning", "VeRA"]
 
 
 class LoRA(Adapter):
@@ -147,6 +147,49 @@ class PiSSA(Adapter):
             always,
             seed,
         )
+
+
+class KaSA(Adapter):
+    """Drop the smallest singular components of each weight, and train a low-rank update in the form of an SVD.
+
+    ``rank * (in + out + 1)`` parameters per layer, and one decomposition of each layer at the start, which changes the
+    base: the run starts beside the pretrained model. Two regularisers keep the form; they are added to the loss.
+
+    Use it where the base holds much that the task does not need. Export writes an ordinary LoRA over the original base.
+
+    Args:
+        rank: Of the update, and number of components dropped.
+        alpha: The update is scaled by ``alpha / rank``; None: twice the rank.
+        beta: Weight of the squared singular values of the update.
+        gamma: Weight of its factors' distance from orthogonal ones.
+        dropout: On the adapters' input, in ``[0, 1)``.
+        layers: Which layers get one, as a scope.
+        target: Path of the submodule that gets the adapters.
+        adapter_name: Name of the adapter.
+        always: What trains beside it although it lies inside the target.
+        seed: Of the initial values.
+
+    Paper:
+        F. Wang et al.: KaSA: Knowledge-Aware Singular-Value Adaptation of Large Language Models, ICLR 2025,
+        arXiv:2412.06071, equations 9 to 12.
+    """
+
+    def __init__(
+        self,
+        rank: int = 8,
+        alpha: float | None = None,
+        beta: float = 1e-4,
+        gamma: float = 1e-3,
+        dropout: float = 0.0,
+        layers: str | list[str] = "blocks",
+        target: str = "model",
+        adapter_name: str = "default",
+        always: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
+        self.rank, self.alpha, self.beta, self.gamma, self.dropout = rank, alpha, beta, gamma, dropout
+        config = lora_config(rank, alpha, dropout, "default") | {"kasa_config": {"beta": beta, "gamma": gamma}}
+        super().__init__("lora", config, target, layers, adapter_name, always, seed)
 
 
 class AdaLoRA(Adapter):
