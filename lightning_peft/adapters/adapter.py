@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 __all__ = ["Adapter"]
 
 
+_FLAGS = "_lightning_peft_flags"
+"""Where a LightningModule keeps what could train before adapters were put in."""
+
+
 class Adapter(MethodCallback):
     """Put adapters of any ``peft`` method into a submodule, and train them.
 
@@ -234,7 +238,11 @@ class Adapter(MethodCallback):
         if not self.resolve(structure).names:  # other methods of the run decide about all of it
             self._structure, self._units, self._always_units = structure, {}, {}
             return Claim(self.label, frozenset())
-        return super().bind(structure, user_flags)
+        # peft has frozen what lies inside the targets: for "always" counts what the user had frozen before
+        before = self._module.__dict__.get(_FLAGS, {})
+        inside = {name for name in user_flags for target, _ in self._everything if name.startswith(f"{target}.")}
+        theirs = {name: before.get(name.replace(".base_layer.", "."), True) for name in inside}
+        return super().bind(structure, {**user_flags, **theirs})
 
     @property
     @override
@@ -273,6 +281,8 @@ class Adapter(MethodCallback):
             if prepare is not None:  # quantise first
                 prepare(pl_module)
             convert_all(trainer, pl_module)  # what a checkpoint's fingerprints are of
+            if not injected(pl_module):
+                pl_module.__dict__[_FLAGS] = {n: p.requires_grad for n, p in named_parameters(pl_module).items()}
             start, waits = find_start(
                 trainer,
                 pl_module,
@@ -420,10 +430,6 @@ class Adapter(MethodCallback):
 
 def _nothing() -> None:
     pass
-
-
-def _nothing() -> None:
-    """Undo nothing."""
 
 
 def _add_loss(output: Any, extra: torch.Tensor | None) -> Any:
