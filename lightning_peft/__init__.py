@@ -59,6 +59,7 @@ _PUBLIC: dict[str, str] = {
     "MTLoRA": "lightning_peft.adapters.native.mtlora",
     "set_tasks": "lightning_peft.adapters.native.mtlora",
     "VPT": "lightning_peft.adapters.native.vpt",
+    "NTKAttention": "lightning_peft.adapters.native.ntk_attention",
     "SeriesAdapter": "lightning_peft.adapters.native.bottleneck",
     "ParallelAdapter": "lightning_peft.adapters.native.bottleneck",
     "Compacter": "lightning_peft.adapters.native.compacter",
@@ -125,6 +126,7 @@ if TYPE_CHECKING:
     from lightning_peft.adapters.native.loramoe import LoRAMoE
     from lightning_peft.adapters.native.mosa import MoSA
     from lightning_peft.adapters.native.mtlora import MTLoRA, set_tasks
+    from lightning_peft.adapters.native.ntk_attention import NTKAttention
     from lightning_peft.adapters.native.presets import IntTune, LoLDU, LoRAXS, NLoRA, SLoRA
     from lightning_peft.adapters.native.ssf import SSF
     from lightning_peft.adapters.native.triadapt_lora import TriAdaptLoRA
