@@ -17,8 +17,10 @@ from lightning_peft.adapters.native.loramoe import LoRAMoEConfig
 from lightning_peft.adapters.native.mosa import MoSAConfig
 from lightning_peft.adapters.native.mtlora import MTLoRAConfig, set_tasks
 from lightning_peft.adapters.native.nlora import IntTuneConfig, NLoRAConfig, SLoRAConfig
+from lightning_peft.adapters.native.ntk_attention import NTKAttentionConfig
 from lightning_peft.adapters.native.ssf import SSFConfig
 from lightning_peft.adapters.native.triadapt_lora import TriAdaptLoRAConfig
+from lightning_peft.adapters.native.vl_pet import VLPETConfig
 from lightning_peft.adapters.native.vpt import VPTConfig
 
 __all__ = [
@@ -34,9 +36,11 @@ __all__ = [
     "MTLoRAConfig",
     "MoSAConfig",
     "NLoRAConfig",
+    "NTKAttentionConfig",
     "SLoRAConfig",
     "SSFConfig",
     "TriAdaptLoRAConfig",
+    "VLPETConfig",
     "VPTConfig",
     "calibrate_lora_sb",
     "set_tasks",

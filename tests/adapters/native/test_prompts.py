@@ -10,13 +10,16 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from lightning_peft import VPT
-from lightning_peft.adapters.native import VPTConfig
+from lightning_peft import VPT, NTKAttention, ResumableDataLoader
+from lightning_peft.adapters.native import NTKAttentionConfig, VPTConfig
+from lightning_peft.adapters.native.ntk_attention import NTKAttentionLayer
 from lightning_peft.adapters.native.vpt import VPTLayer
 from lightning_peft.errors import ConfigError, ScopeError
 from tests.adapters.native.life import resume
-from tests.adapters.native.models import batch, build, output
+from tests.adapters.native.models import batch, build, loss, output
+from tests.adapters.native.test_in_training import Module
 from tests.adapters.native.test_rank_growth import run
+from tests.precision.tiny import VOCAB
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*GPU available"),
@@ -159,3 +162,187 @@ def test_vpt_mistakes(tmp_path: Path) -> None:
         get_peft_model(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1))), VPTConfig(target_modules="0"))
     with pytest.raises(ScopeError, match="blocs"):
         run([VPT(layers="blocs")], tmp_path, 1)
+
+
+# ---------------------------------------------------------------- NTK-Attention
+
+ATTENTION = {"llama": r".*self_attn", "gpt2": r".*\.attn", "vit": r".*\.attention"}
+
+
+def transformer(name: str, implementation: str) -> Any:
+    model = tiny_vit() if name == "vit" else build(name).eval()
+    model.set_attn_implementation(implementation)
+    return model
+
+
+def inputs(name: str) -> dict[str, Tensor]:
+    if name == "vit":
+        return {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+    padded = torch.ones(3, 6, dtype=torch.int64)
+    padded[0, :2] = 0
+    return {"input_ids": batch(name), "attention_mask": padded}
+
+
+def ntk_layers(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, NTKAttentionLayer)]
+
+
+def shake_ntk(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in ntk_layers(model):
+            for role, std in (("Z", 0.5), ("k", 0.5)):
+                p = layer.tensor(role, "default")
+                p.copy_(torch.randn(p.shape, generator=generator) * std)
+
+
+def plain_attention(parameters: dict[Any, tuple[Tensor, Tensor]]) -> Any:
+    """The paper's formula in float64, one query after the other, in the place of transformers' eager attention."""
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **_: Any
+    ) -> Any:
+        Z, k = parameters[module.layer_idx]
+        rows, heads, length, d = query.shape
+        out = torch.zeros(rows, length, heads, d, dtype=torch.float64)
+        for row in range(rows):
+            for head in range(heads):
+                source = head // (heads // key.shape[1])
+                for t in range(length):
+                    q = query[row, head, t].double()
+                    scores = key[row, source].double() @ q * scaling
+                    seen = torch.ones(len(scores), dtype=torch.bool)
+                    if attention_mask is not None:
+                        seen = attention_mask[row, 0, t, : len(scores)] > -1
+                    if not seen.any():
+                        out[row, t, head] = value[row, source].double().mean(0)
+                        continue
+                    e = scores[seen].exp()
+                    x = q / d**0.25
+                    phi = torch.where(x > 0, x, x.exp() - 1) + 1
+                    above = e @ value[row, source][seen].double() + phi @ Z[head].double()
+                    out[row, t, head] = above / (e.sum() + phi @ k[head].double().abs())
+        return out.to(query.dtype), None
+
+    return attend
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_ntk_attention_is_the_formula(name: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.gpt2 import modeling_gpt2
+    from transformers.models.llama import modeling_llama
+
+    base = transformer(name, implementation)
+    x = inputs(name)
+    handle: Any = get_peft_model(copy.deepcopy(base), NTKAttentionConfig(target_modules=ATTENTION[name]))
+    found = ntk_layers(handle)
+    heads, size = base.config.num_attention_heads, base.config.hidden_size // base.config.num_attention_heads
+    assert len(found) == 2
+    trained = sum(p.numel() for p in handle.parameters() if p.requires_grad)
+    assert trained == 2 * heads * (size**2 + size)
+    seen = x["attention_mask"].bool()
+    torch.testing.assert_close(handle(**x).logits[seen], base(**x).logits[seen], rtol=1e-2, atol=1e-2)
+    for layer in found:
+        for role in ("Z", "k"):
+            with torch.no_grad():
+                layer.tensor(role, "default").zero_()
+    torch.testing.assert_close(handle(**x).logits[seen], base(**x).logits[seen], rtol=1e-5, atol=1e-5)
+
+    shake_ntk(handle)
+    ours = handle(**x).logits
+    C = torch.randn(ours.shape, generator=torch.Generator().manual_seed(3)) * seen[..., None]
+    (ours * C).sum().backward()
+    copies = [[layer.tensor(r, "default").detach().clone().requires_grad_() for r in ("Z", "k")] for layer in found]
+    base.set_attn_implementation("eager")
+    module = {"llama": modeling_llama, "gpt2": modeling_gpt2}[name]
+    monkeypatch.setattr(module, "eager_attention_forward", plain_attention({i: tuple(c) for i, c in enumerate(copies)}))
+    expected = base(**x).logits
+    torch.testing.assert_close(ours[seen], expected[seen], rtol=1e-4, atol=1e-4)
+    (expected * C).sum().backward()
+    for layer, values in zip(found, copies, strict=True):
+        for role, value in zip(("Z", "k"), values, strict=True):
+            assert value.grad is not None
+            assert value.grad.abs().max() > 1e-4
+            torch.testing.assert_close(layer.tensor(role, "default").grad, value.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_ntk_attention_lives(tmp_path: Path) -> None:
+    for name in ATTENTION:
+        base, x = transformer(name, "sdpa"), inputs(name)
+        handle: Any = get_peft_model(copy.deepcopy(base), NTKAttentionConfig(target_modules=ATTENTION[name]))
+        start = {n: p.detach().clone() for n, p in handle.named_parameters()}
+        optimizer = torch.optim.Adam([p for p in handle.parameters() if p.requires_grad], lr=1e-2)
+        data = next(iter(x.values()))
+        before = loss(handle, data)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss(handle, data).backward()
+            optimizer.step()
+        assert loss(handle, data) < before
+        assert all(torch.equal(p, start[n]) != p.requires_grad for n, p in handle.named_parameters())
+        with handle.disable_adapter():
+            assert torch.equal(handle(**x).logits, base(**x).logits)
+        assert handle.config._attn_implementation == "sdpa"
+        trained = handle(**x).logits
+        handle.save_pretrained(tmp_path / name)
+        for options in ({}, {"low_cpu_mem_usage": True}):
+            loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / name, **options).eval()  # type: ignore[arg-type]
+            assert torch.equal(loaded(**x).logits, trained)
+        with pytest.raises(ConfigError, match="cannot be merged"):
+            handle.merge_adapter()
+    shake_ntk(
+        llama := get_peft_model(transformer("llama", "sdpa"), NTKAttentionConfig(target_modules=ATTENTION["llama"]))
+    )
+    ids = batch("llama")
+    first = llama(ids[:, :4], use_cache=True)
+    after = llama(ids[:, 4:5], past_key_values=first.past_key_values, use_cache=True).logits
+    torch.testing.assert_close(after[:, 0], llama(ids[:, :5]).logits[:, 4], rtol=1e-4, atol=1e-4)
+
+
+class Language(Module):
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = build("llama")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        value = self.model(batch, labels=batch).loss
+        self.losses.append(float(value.detach()))
+        return value
+
+
+def test_ntk_attention_in_training_resumes(tmp_path: Path) -> None:
+    ids = torch.randint(0, VOCAB, (24, 6), generator=torch.Generator().manual_seed(0))
+
+    def make(steps: int, ckpt: Path | None = None) -> tuple[Any, Any, Any]:
+        callback, module = NTKAttention(), Language()
+        data: Any = ResumableDataLoader(list(ids), batch_size=4)  # type: ignore[arg-type]
+        _, trainer = run([callback], tmp_path, steps, ckpt, module, data)
+        return callback, module, trainer
+
+    callback, whole, _ = make(6)
+    _, _, half = make(3)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    _, resumed, _ = make(6, tmp_path / "half.ckpt")
+    assert resumed.losses == whole.losses[3:]
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=True)["state_dict"]
+    assert len(saved) == 4
+    assert all(".ntk_attention_" in name for name in saved)
+    callback.export(tmp_path / "peft")
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "peft").eval()
+    assert torch.equal(output(loaded, ids), output(whole.model.eval(), ids))
+
+
+def test_ntk_attention_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="init_std"):
+        NTKAttentionConfig(init_std=0.0)
+    with pytest.raises(ConfigError, match="dropout"):
+        NTKAttentionConfig(dropout=0.1)
+    with pytest.raises(ConfigError, match="attention module of transformers"):
+        get_peft_model(build("vit"), NTKAttentionConfig(target_modules=["qkv"]))
+    model: Any = get_peft_model(build("llama"), NTKAttentionConfig(target_modules=ATTENTION["llama"]))
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(ConfigError, match="'sdpa' and 'eager'"):
+        model(batch("llama"))
+    with pytest.raises(ScopeError, match="'attention'"):
+        run([NTKAttention(layers="atention")], tmp_path, 1, module=Language())
