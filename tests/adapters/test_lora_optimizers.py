@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_peft import LISA, LoRAFA, LoRAPlus
 from lightning_peft.adapters.lora_fa import correction
+from lightning_peft.cli import main
 from lightning_peft.errors import ConfigError, UnsupportedStrategy
 from tests.adapters.test_adapter import SaveAll, fit, logits, pytestmark  # noqa: F401
 from tests.contract.harness import TinyModule, _pretrained, assert_same_weights, trainer, weights
@@ -209,3 +210,41 @@ def test_mistakes(tmp_path: Path) -> None:
         LoRAPlus(options={"use_dorra": True})
     with pytest.raises(ConfigError, match="embedding"):
         fit(tmp_path, LoRAFA(2, layers="embeddings"))
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "rates"),
+    [("lora_plus", "--trainer.callbacks.lr_ratio=4", {1e-3, 4e-3}), ("lora_fa", "--trainer.callbacks.rank=3", {1e-3})],
+)
+def test_from_the_command_line(
+    name: str, option: str, rates: set[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[float] = []
+    original = torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        found.extend(group["lr"] for group in self.param_groups)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.chdir(tmp_path)
+    quiet = {"logger": "false", "accelerator": "cpu", "max_steps": "1", "limit_val_batches": "0"}
+    arguments = [
+        "fit",
+        f"--config={Path(__file__).parents[2] / 'configs' / 'methods' / name}.yaml",
+        option,
+        "--model=tests.adapters.test_lora_optimizers.Plain",
+        "--data=tests.methods.tiny_data.TinyData",
+        *(f"--trainer.{key}={value}" for key, value in quiet.items()),
+    ]
+    assert main(arguments) == 0
+    assert set(found) == rates
+
+
+def test_lora_fa_has_half_of_loras_parameters(tmp_path: Path) -> None:
+    adapter = LoRAFA(3)
+    module, _ = fit(tmp_path, adapter)
+    own = sum(p.numel() for n, p in module.named_parameters() if n in adapter.trainable_names)
+    bases = [p for n, p in module.named_parameters() if n.endswith("base_layer.weight")]
+    assert len(bases) == 28
+    assert own == sum(3 * base.shape[0] for base in bases)  # rank * out
