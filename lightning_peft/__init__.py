@@ -64,6 +64,7 @@ _PUBLIC: dict[str, str] = {
     "ParallelAdapter": "lightning_peft.adapters.native.bottleneck",
     "Compacter": "lightning_peft.adapters.native.compacter",
     "MoSA": "lightning_peft.adapters.native.mosa",
+    "VLPET": "lightning_peft.adapters.native.vl_pet",
     "LoFiT": "lightning_peft.adapters.native.lofit",
     "LoFiTSelection": "lightning_peft.adapters.native.lofit",
     "AdaMSS": "lightning_peft.adapters.adamss",
@@ -130,6 +131,7 @@ if TYPE_CHECKING:
     from lightning_peft.adapters.native.presets import IntTune, LoLDU, LoRAXS, NLoRA, SLoRA
     from lightning_peft.adapters.native.ssf import SSF
     from lightning_peft.adapters.native.triadapt_lora import TriAdaptLoRA
+    from lightning_peft.adapters.native.vl_pet import VLPET
     from lightning_peft.adapters.native.vpt import VPT
     from lightning_peft.adapters.pego import PEGO
     from lightning_peft.adapters.poly import Poly
