@@ -60,6 +60,8 @@ def check_quantised(handle: Any, adapter_name: str, target: str) -> None:
         seen.add(key)
         trainable = [p for p in module.parameters() if p.requires_grad]
         dtype = next((p.dtype for p in trainable if p.is_floating_point()), torch.float32)
+        modes = {each: each.training for each in module.modules()}
+        module.eval()  # LoRA-SB refuses to train before it has its start
         try:
             with torch.enable_grad(), torch.random.fork_rng():
                 inputs = torch.zeros(1, 1, base.in_features, device=weight.device, dtype=dtype)
@@ -72,6 +74,9 @@ def check_quantised(handle: Any, adapter_name: str, target: str) -> None:
                 f"{_kind(handle.peft_config[adapter_name]).lower()} cannot work on the quantised layer {path!r} in "
                 f"{target!r}: {reason}. Choose 'lora', or leave this layer in full precision."
             ) from error
+        finally:
+            for each, mode in modes.items():
+                each.training = mode
 
 
 def _kind(config: Any) -> str:

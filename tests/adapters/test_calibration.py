@@ -15,8 +15,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_peft import EVA, Adapter, CorDA, LoRA, LoRAGA, LoRASB, ResumableDataLoader, load_from_checkpoint
 from lightning_peft.adapters import calibration
+from lightning_peft.adapters.frozen_base import CHECKPOINT_KEY
+from lightning_peft.core.trainable import parameter_fingerprints
 from lightning_peft.errors import BaseMismatch, ConfigError
 from tests.adapters import calibration_probe
+from tests.adapters.test_quantized import SaveAll, trained
+from tests.adapters.test_quantized import fit as fit_quantized
 from tests.contract.harness import TinyModule, assert_same_weights, trainer, weights
 from tests.distributed.launch import launch
 from tests.oracles.three_factor import lora_sb_delta
@@ -303,6 +307,9 @@ def test_files_give_the_start_back(name: str, precision: str, tmp_path: Path, mo
     final = weights(module)
     saved = torch.load(point, weights_only=True)
     assert not any("base_layer" in key for key in saved["state_dict"])
+    for key, mark in saved[CHECKPOINT_KEY]["base"].items():  # of the base as it was, where it was changed
+        changed = name in ("corda", "lora_ga") and "base_layer" in key
+        assert (parameter_fingerprints([final[key]]) != [mark]) == changed, key
 
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("calibrated again")
@@ -434,6 +441,20 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         config = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}, "target_modules": ["q_proj"]}
         with pytest.raises(ConfigError, match="CUDA or XPU"):
             fit(tmp_path, Adapter("lora", config))
+
+
+@pytest.mark.filterwarnings("ignore:.*GPU available but not used")
+def test_on_a_quantised_base(tmp_path: Path) -> None:
+    adapters: list[Any] = [EVA(2, layers=["*.q_proj", "*.o_proj"]), LoRASB(2, layers=["*.q_proj"])]
+    for make in adapters:
+        module = fit_quantized(tmp_path, make, "bare", SaveAll(tmp_path))
+        values = trained(module, make)
+        again = type(make)(2, layers=make.layers)
+        resumed = fit_quantized(tmp_path, again, "bare", ckpt=tmp_path / "2.ckpt")
+        assert_same_weights(trained(resumed, again), values)
+    for kind in (CorDA, LoRAGA):
+        with pytest.raises(ConfigError, match="is quantised"):
+            fit_quantized(tmp_path, kind(2, layers=["*.q_proj"]), "bare")
 
 
 # ---------------------------------------------------------------------- several processes
