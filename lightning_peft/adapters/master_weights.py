@@ -8,13 +8,13 @@ gradients, optimizer states and files stay float32. Where the activations are fl
 bit, and DoRA the same sum in another order.
 
 Per adapted linear layer of ``n`` rows and rank ``r``, backward then keeps the input, which layers of the same input
-share, ``n r`` elements of the inner activation, and a copy of the two matrices, all in the activations' dtype.
+share, and ``n r`` elements of the inner activation, in the activations' dtype. The matrices are cast again in backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -34,13 +34,45 @@ from lightning_peft.core.instance import replace_on
 __all__ = ["compute_in_input_dtype", "keep_masters"]
 
 
+class _Multiply(torch.autograd.Function):
+    """``x @ weight.T + bias`` in the dtype of ``x``; keeps ``x`` and the weight as it is, no copy of it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight, bias = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        gradient = gradients[0]
+        rows = gradient.flatten(0, -2)
+        return (
+            gradient @ weight.to(x.dtype) if for_x else None,
+            (rows.T @ x.flatten(0, -2)).to(weight.dtype) if for_weight else None,
+            rows.sum(0).to(bias.dtype) if for_bias else None,
+        )
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    others_decide = torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()  # what backward keeps
+    if x.dtype != weight.dtype and x.ndim > 1 and not others_decide:
+        return cast(Tensor, _Multiply.apply(x, weight, bias))
+    return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 class LinearInInputDtype(nn.Linear):
     """A linear layer whose weights take part in the dtype of its input."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input @ weight.T + bias`` in the dtype of ``input``."""
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return functional.linear(input, self.weight.to(input.dtype), bias)
+        return _multiply(input, self.weight, self.bias)
 
 
 class _ConvInInputDtype:
@@ -95,14 +127,15 @@ class SVDLinearInInputDtype(SVDLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output and the adapters'."""
-        if self.disable_adapters or self.merged:
+        factors = [self.lora_A[name] for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or all(factor.dtype == x.dtype for factor in factors):
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
         for name in self.active_adapters:
             if name in self.lora_A:
-                lora_A = (self.lora_A[name] * self.lora_E[name]).to(x.dtype)
-                product = self.lora_dropout[name](x) @ lora_A.T @ self.lora_B[name].to(x.dtype).T
-                result = result + product * self.scaling[name] / (self.ranknum[name] + 1e-5)
+                scale = self.scaling[name] / (self.ranknum[name] + 1e-5) * self.lora_E[name].T
+                inner = _multiply(self.lora_dropout[name](x), self.lora_A[name]) * scale.to(x.dtype)
+                result = result + _multiply(inner, self.lora_B[name])
         return result
 
 
