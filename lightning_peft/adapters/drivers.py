@@ -21,6 +21,7 @@ __all__ = [
     "Driver",
     "FrozenDriver",
     "LossDriver",
+    "WholeDriver",
     "driver_for",
     "entry_of",
     "lora_layers",
@@ -117,6 +118,7 @@ class LossDriver(Driver):
     """Methods whose regulariser ``peft`` computes and leaves to the loop to add (KaSA)."""
 
     adds_loss = True
+    sees_whole_parameters = True
 
     def __init__(self, handle: PeftModel, adapter_name: str, function: str) -> None:
         super().__init__(handle, adapter_name)
@@ -125,6 +127,12 @@ class LossDriver(Driver):
     def loss(self) -> Tensor | None:
         """Return ``peft``'s own value."""
         return getattr(self.handle.base_model, self._function)()
+
+
+class WholeDriver(Driver):
+    """Methods that work on whole gradients or modules in hooks of ``peft``'s own (OSF, Shadow)."""
+
+    sees_whole_parameters = True
 
 
 class AdaLoRADriver(Driver):
@@ -238,6 +246,8 @@ def driver_for(handle: PeftModel, adapter_name: str, seed: int = 0) -> Driver:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind == "ADALORA":
         return AdaLoRADriver(handle, adapter_name)
+    if kind in ("OSF", "SHADOW"):
+        return WholeDriver(handle, adapter_name)
     if kind == "POLY":
         from lightning_peft.adapters.poly import PolyDriver
 

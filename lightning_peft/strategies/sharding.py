@@ -181,12 +181,22 @@ def _sharing(root: nn.Module, blocks: list[nn.Module]) -> set[int]:
     """Ids of the blocks that hold a weight which lies outside of them, too."""
     found: set[int] = set()
     for block in blocks:
-        inside = {id(part) for part in block.modules()}
         weights = {id(parameter) for parameter in block.parameters()}
-        outside = (p for part in root.modules() if id(part) not in inside for p in part._parameters.values())
+        outside = (p for part in _beside(root, block) for p in part._parameters.values())
         if any(id(parameter) in weights for parameter in outside):
             found.add(id(block))
     return found
+
+
+def _beside(root: nn.Module, block: nn.Module) -> Iterator[nn.Module]:
+    """Every module that is reached without going through ``block``, also if ``block`` holds it as well."""
+    seen, waiting = {id(block)}, [root]
+    while waiting:
+        part = waiting.pop()
+        if id(part) not in seen:
+            seen.add(id(part))
+            yield part
+            waiting.extend(child for child in part._modules.values() if child is not None)
 
 
 def gather_root_on_demand(root: nn.Module) -> None:
