@@ -109,7 +109,7 @@ class DoRA(Adapter):
 class PiSSA(Adapter):
     """Train the largest singular components of each weight; the rest is the frozen base.
 
-    Use it to converge faster than LoRA. The adapter alone does not fit the original base: merge it.
+    Use it to converge faster than LoRA. It is exported as a LoRA of twice the rank over the original base.
 
     Args:
         rank: Number of components.
