@@ -60,6 +60,7 @@ _PUBLIC: dict[str, str] = {
     "set_tasks": "lightning_peft.adapters.native.mtlora",
     "VPT": "lightning_peft.adapters.native.vpt",
     "NTKAttention": "lightning_peft.adapters.native.ntk_attention",
+    "DePT": "lightning_peft.adapters.native.dept",
     "SeriesAdapter": "lightning_peft.adapters.native.bottleneck",
     "ParallelAdapter": "lightning_peft.adapters.native.bottleneck",
     "Compacter": "lightning_peft.adapters.native.compacter",
@@ -121,6 +122,7 @@ if TYPE_CHECKING:
     from lightning_peft.adapters.lora_plus import LoRAPlus
     from lightning_peft.adapters.native.bottleneck import ParallelAdapter, SeriesAdapter
     from lightning_peft.adapters.native.compacter import Compacter
+    from lightning_peft.adapters.native.dept import DePT
     from lightning_peft.adapters.native.increlora import IncreLoRA
     from lightning_peft.adapters.native.lofit import LoFiT, LoFiTSelection
     from lightning_peft.adapters.native.lora_sb import LoRASBConfig, calibrate_lora_sb

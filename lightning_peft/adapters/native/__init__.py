@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from lightning_peft.adapters.native.bottleneck import BottleneckConfig
 from lightning_peft.adapters.native.compacter import CompacterConfig
+from lightning_peft.adapters.native.dept import DePTConfig
 from lightning_peft.adapters.native.increlora import IncreLoRAConfig
 from lightning_peft.adapters.native.lofit import LoFiTConfig
 from lightning_peft.adapters.native.loldu import LoLDUConfig
@@ -26,6 +27,7 @@ from lightning_peft.adapters.native.vpt import VPTConfig
 __all__ = [
     "BottleneckConfig",
     "CompacterConfig",
+    "DePTConfig",
     "IncreLoRAConfig",
     "IntTuneConfig",
     "LoFiTConfig",
