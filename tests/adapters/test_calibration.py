@@ -10,11 +10,13 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_peft import EVA, Adapter, CorDA, LoRA, LoRAGA, LoRASB, ResumableDataLoader, load_from_checkpoint
 from lightning_peft.adapters import calibration
+from lightning_peft.adapters.files import merge_adapters
 from lightning_peft.adapters.frozen_base import CHECKPOINT_KEY
 from lightning_peft.core.trainable import parameter_fingerprints
 from lightning_peft.errors import BaseMismatch, ConfigError
@@ -229,6 +231,38 @@ def assert_close(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
         torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=1e-5)
 
 
+class TwoLoaders(pl.LightningDataModule):
+    """Makes its data in ``setup``, draws a split there, and gives batches of two loaders."""
+
+    def setup(self, stage: str) -> None:
+        self.first, self.second = torch.utils.data.random_split(data(), [8, 4])
+
+    def train_dataloader(self) -> Any:
+        return {"first": DataLoader(self.first, batch_size=2), "second": DataLoader(self.second, batch_size=1)}
+
+
+class OfTwoLoaders(TinyModule):
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self.seen: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen.append((batch["first"][0].tolist(), batch["second"][0].tolist()))
+        return self.loss(batch["first"]) + self.loss(batch["second"])
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_batches_of_a_data_module(name: str, tmp_path: Path) -> None:
+    seen = []
+    for callback in (STARTS[name](), LoRA(2, layers=LAYERS)):
+        module = OfTwoLoaders(MODEL)
+        torch.manual_seed(4)
+        trainer(tmp_path, [callback], max_epochs=1).fit(module, datamodule=TwoLoaders())
+        seen.append(module.seen)
+    assert seen[0] == seen[1]
+    assert len(seen[0]) == 4
+
+
 class Noisy(pl.LightningModule):
     """Running statistics, dropout, lists and counts; draws from every global random state."""
 
@@ -378,6 +412,23 @@ def test_the_generic_form_does_the_same(tmp_path: Path) -> None:
         calibration_batches=3,
     )
     assert_same_weights(weights(fit(tmp_path, generic)[0]), weights(fit(tmp_path, STARTS["corda"]())[0]))
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_exported_and_merged_over_the_original_base(name: str, tmp_path: Path) -> None:
+    callback = STARTS[name]()
+    module, _ = fit(tmp_path, callback)
+    pretrained = TinyModule(MODEL).model.eval()
+
+    def logits(model: Any) -> Tensor:
+        with torch.no_grad():
+            return model.eval()(input_ids=data().tensors[0][:4], use_cache=False).logits
+
+    expected = logits(module.model)
+    assert (expected - logits(pretrained)).abs().max() > 1e-4
+    loaded = PeftModel.from_pretrained(pretrained, callback.export(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(merge_adapters(callback.handle)), expected, rtol=0, atol=1e-6)
 
 
 # ---------------------------------------------------------------------- mistakes
