@@ -41,8 +41,8 @@ def axes_after_features(base: nn.Module, ndim: int) -> int:
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the first tensor that a module is called with."""
-    for value in (*args, *kwargs.values()):
+    """Return the first tensor that a module is called with; by name, ``hidden_states`` comes first."""
+    for value in (*args, kwargs.get("hidden_states"), *kwargs.values()):
         if isinstance(value, Tensor):
             return value
     raise ConfigError("An adapter sits beside a module that is called without any tensor. Put it somewhere else.")

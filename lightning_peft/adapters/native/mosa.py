@@ -172,8 +172,10 @@ class _Draws(Driver):
         self._seen = seen
 
     @override
-    def loss(self) -> Tensor:
+    def loss(self) -> Tensor | None:
         seen, self._seen = self._seen or [], None
+        if not torch.is_grad_enabled():  # another method of the run only looks at the loss
+            return None
         if len(seen) != 1:
             raise ConfigError(
                 f"MoSA looks at the predictions of one call of the target per training step, and there were "

@@ -119,13 +119,15 @@ def _block_hook(factor: float) -> Any:
 
 
 def _adapter_hook(factor: float) -> Any:
-    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         disabled, module._disable_adapters = module._disable_adapters, True
         try:
             plain = module.forward(*args, **kwargs)
         finally:
             module._disable_adapters = disabled
-        return plain + (output - plain) * factor
+        if isinstance(output, Tensor):
+            return plain + (output - plain) * factor
+        return (plain[0] + (output[0] - plain[0]) * factor, *output[1:])  # a whole attention with an adapter
 
     return hook
 

@@ -15,6 +15,7 @@ from lightning_peft import Compacter, LowBitAdapters, SeriesAdapter
 from lightning_peft.adapters.files import merge_adapters
 from lightning_peft.adapters.injection import inject
 from lightning_peft.adapters.native import BottleneckConfig, CompacterConfig
+from lightning_peft.adapters.native.features import input_of
 from lightning_peft.adapters.places import module_paths
 from lightning_peft.errors import ConfigError, ScopeError, UnsupportedStrategy
 from lightning_peft.methods.quantized.low_bit_adapters import bake
@@ -206,6 +207,15 @@ def test_a_whole_attention_returns_its_tuple() -> None:
     torch.testing.assert_close(handle(x), plain(layer.settings["default"], now, x, model(x)))
 
 
+def test_which_input_a_parallel_adapter_gets() -> None:
+    a, b = torch.zeros(1), torch.ones(1)
+    assert input_of((None, a), {"hidden_states": b}) is a
+    assert input_of((), {"mask": a, "hidden_states": b}) is b
+    assert input_of((), {"x": b, "mask": a}) is b
+    with pytest.raises(ConfigError, match="without any tensor"):
+        input_of((3,), {})
+
+
 def test_several_adapters() -> None:
     base, x = build("vit"), batch("vit")
     for make in (BottleneckConfig, lambda **options: CompacterConfig(n=2, **options)):
@@ -321,6 +331,20 @@ def test_one_bit_adapters(name: str, tmp_path: Path) -> None:
     trainer.callbacks[0].export(tmp_path / "peft")  # type: ignore[attr-defined]
     loaded = PeftModel.from_pretrained(build("vit"), tmp_path / "peft").eval()
     torch.testing.assert_close(output(loaded, x), trained, rtol=1e-5, atol=1e-6)
+
+
+def test_ist_damps_an_adapter_beside_a_whole_attention() -> None:
+    from lightning_peft.methods.layers.ist import suppressed
+
+    model, x = TwoOutputs(), torch.randn(2, 3, 8)
+    handle = get_peft_model(model, BottleneckConfig(r=3, form="parallel", target_modules=["attention"]))
+    shake(handle)
+    with torch.no_grad():
+        full = handle(x)
+        with handle.disable_adapter():
+            plain = handle(x)
+        with suppressed([model.attention], 0.25):
+            torch.testing.assert_close(handle(x), plain + (full - plain) * 0.25)
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

@@ -132,6 +132,8 @@ def test_two_draws_per_batch(weight: float, tmp_path: Path, monkeypatch: pytest.
         penalty = callback._driver.loss()  # type: ignore[union-attr]
         torch.testing.assert_close(penalty, weight * symmetric_divergence(first, second))
         assert penalty > 0
+        with torch.no_grad():
+            assert callback._driver.loss() is None, "scores of other methods are those of the module's own loss"  # type: ignore[union-attr]
         with pytest.raises(ConfigError, match="there were 0"):
             callback._driver.loss()  # type: ignore[union-attr]
         callback._driver.finished()  # type: ignore[union-attr]
