@@ -52,7 +52,7 @@ def test_command_lines_are_valid(
 ) -> None:
     monkeypatch.chdir(ROOT)
     args = shlex.split(command)[1:]
-    if args[0] == "fit" and "--print_config" not in args:
+    if args[0] in ("fit", "merge", "export") and "--print_config" not in args:
         args.append("--print_config")
     assert main(args) == 0, capsys.readouterr().err
     assert capsys.readouterr().out.strip()
