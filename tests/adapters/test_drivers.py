@@ -424,6 +424,28 @@ def test_ba_lora_gradient_is_that_of_the_formula(tmp_path: Path) -> None:
     assert max(gradient.abs().max() for gradient in total.values()) > 1e-3
 
 
+def test_ba_lora_compares_with_a_model_that_drops_nothing(tmp_path: Path) -> None:
+    class Drops(Prompted):
+        def __init__(self) -> None:
+            super().__init__()
+            for layer in self.model.model.layers:  # pyright: ignore
+                layer.self_attn.attention_dropout = 0.5
+
+        def loss(self, batch: Any) -> torch.Tensor:
+            with self.model.register_forward_hook(lambda *_: logits.append(_[-1].logits.detach().clone())):
+                return super().loss(batch)
+
+    logits: list[torch.Tensor] = []
+    records = Records()
+    module = Drops()
+    fit(tmp_path, ba_lora(consistency=1e6, diversity=0.0, spectrum=0.0), records, Elsewhere(30.0), module=module)
+    pretrained = copy.deepcopy(_pretrained(MODEL)).eval()
+    reference = pretrained(input_ids=records.batches[0]["input_ids"], use_cache=False).logits.detach()
+    torch.testing.assert_close(logits[0], reference)  # the second pass comes to an end first
+    expected = ba_lora_by_hand(logits[1], reference, (1e6, 0.0, 0.0))
+    torch.testing.assert_close(2 * records.losses[0] - module.own[0], expected, rtol=1e-3, atol=1e-3)
+
+
 def test_ba_lora_without_the_second_pass(tmp_path: Path) -> None:
     calls: list[bool] = []
 
