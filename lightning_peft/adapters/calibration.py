@@ -11,6 +11,7 @@ changed base is computed again, bit for bit, and a fingerprint of the base as it
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -123,6 +124,7 @@ class FromBatches(Start):
         self._trainer, self._module = trainer, pl_module
         self._num_batches, self._seed, self._label = num_batches, seed, label
         self._waiting: Any = None  # put in, and without its start
+        self._mask: Tensor | None = None  # of the texts that the target runs on
 
     @override
     def put_in(
@@ -178,7 +180,22 @@ class FromBatches(Start):
             raise ConfigError(f"{self._label} starts from data: give it at least one batch.")
         return batches
 
+    def _watch_masks(self, base: nn.Module, eva_config: Any = None) -> None:
+        """Notice the mask that each call of ``base`` gets, or else the one in the batch."""
+        signature = inspect.signature(base.forward)
+        rest = [name for name, each in signature.parameters.items() if each.kind is each.VAR_KEYWORD]
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = signature.bind_partial(*args, **kwargs).arguments
+            for name in rest:
+                given = {**given, **given.get(name, {})}
+            found = (_mask(each, eva_config) for each in (given, *given.values(), self._batch))
+            self._mask = next((mask for mask in found if mask is not None), None)
+
+        base.register_forward_pre_hook(hook, with_kwargs=True)
+
     def _loss(self, batch: Any) -> Tensor:
+        self._batch = batch
         try:
             return scoring_loss(self._trainer, self._module, batch)
         except Exception as error:
@@ -207,8 +224,8 @@ class FromBatches(Start):
             if hasattr(module, "base_layer") and not isinstance(module, UNSUPPORTED_LORA_MODULES)
         }
 
-        def rows(layer_input: Any, mask: Tensor | None, name: str) -> Tensor:
-            found = _rows(layer_input if isinstance(layer_input, Tensor) else layer_input[0], mask)
+        def rows(layer_input: Any, _: Any, name: str) -> Tensor:
+            found = _rows(layer_input if isinstance(layer_input, Tensor) else layer_input[0], self._mask)
             shapes.setdefault(name, found.shape)
             return found
 
@@ -238,11 +255,12 @@ class FromBatches(Start):
         with _pass_over(self._module):
             batches = [_Sealed(batch) for batch in self._batches()]
             self._module.eval()
+            self._watch_masks(handle.get_base_model(), config.eva_config)
             found = get_eva_state_dict(
                 handle,
                 batches,
                 forward_fn=forward,
-                prepare_model_inputs_fn=lambda batch, _: _mask(batch.content, config.eva_config),
+                prepare_model_inputs_fn=lambda batch, _: None,
                 prepare_layer_inputs_fn=rows,
                 adapter_name=adapter_name,
                 gather_distributed_inputs=False,  # all ranks have the same
@@ -309,23 +327,21 @@ class FromBatches(Start):
 
         config.corda_config = config.corda_config or CordaConfig()
         stand_ins = _stand_ins(layers)
-        mask: Tensor | None = None
 
         def show(stand_in: nn.Module) -> Callable[..., None]:
             def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-                rows = _rows(inputs[0], mask)
+                rows = _rows(inputs[0], self._mask)
                 if len(rows):
                     stand_in(rows[None])
 
             return hook
 
         def run() -> None:
-            nonlocal mask
             for path, layer in layers.items():
                 layer.register_forward_pre_hook(show(stand_ins.get_submodule(path)))
             self._module.eval()
+            self._watch_masks(base)
             for batch in batches:
-                mask = _mask(batch)
                 self._loss(batch)
             unused = [path for path in layers if not stand_ins.get_submodule(path).sample_count]
             if unused:
@@ -506,11 +522,11 @@ class _Sealed:
         return self
 
 
-def _mask(batch: Any, eva_config: Any = None) -> Tensor | None:
-    """Return which positions (batch, length) of a batch of texts are no padding, and have a label if EVA wants one."""
-    if not isinstance(batch, Mapping):
+def _mask(texts: Any, eva_config: Any = None) -> Tensor | None:
+    """Return which positions (batch, length) of texts are no padding, and have a label if EVA wants one."""
+    if not isinstance(texts, Mapping):
         return None
-    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    mask, labels = texts.get("attention_mask"), texts.get("labels")
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return None
     mask = mask.bool()

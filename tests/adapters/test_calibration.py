@@ -195,12 +195,29 @@ class OfTexts(TinyModule):
         return self.model(**batch, use_cache=False).loss
 
 
+class OfPairs(TinyModule):
+    """Two texts in each sample, which run one after the other."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = torch.zeros(())
+        for texts in batch:
+            logits = self.model(texts["input_ids"], texts["attention_mask"], use_cache=False).logits
+            loss = loss + nn.functional.cross_entropy(logits.flatten(0, 1), texts["labels"].flatten())
+        return loss
+
+
+class Pairs(Texts):
+    def __getitem__(self, index: int) -> Any:
+        return super().__getitem__(index), super().__getitem__(3 - index)
+
+
+@pytest.mark.parametrize("module", [OfTexts, OfPairs])
 @pytest.mark.parametrize("name", ["eva", "corda"])
-def test_padding_does_not_count(name: str, tmp_path: Path) -> None:
+def test_padding_does_not_count(name: str, module: type[TinyModule], tmp_path: Path) -> None:
     found = []
     for filler in (3, 11):
-        loader = DataLoader(Texts(filler), batch_size=4)
-        layers = start(tmp_path, STARTS[name](), module=OfTexts(MODEL), loader=loader)
+        texts = Texts(filler) if module is OfTexts else Pairs(filler)
+        layers = start(tmp_path, STARTS[name](), module=module(MODEL), loader=DataLoader(texts, batch_size=4))
         found.append({path: layer.lora_A["default"].weight.detach() for path, layer in layers.items()})
     assert_close(found[0], found[1])
 
