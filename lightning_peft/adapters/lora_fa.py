@@ -62,7 +62,8 @@ class LoRAFADriver(Driver):
     @override
     def started(self) -> None:
         """Invert what ``A`` is now; it does not change."""
-        self._corrections = []
+        if self._corrections:
+            return
         for name, layer in lora_layers(self.handle, self.adapter_name).items():
             a, b = layer.lora_A[self.adapter_name].weight, layer.lora_B[self.adapter_name].weight
             matrix = correction(whole(a), layer.scaling[self.adapter_name])

@@ -17,6 +17,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "adalora",
         {"init_r": 4, "target_r": 2, "total_step": 6, "tinit": 1, "tfinal": 2, "target_modules": LINEAR},
     ),
+    "adamss": ("adamss", {"r": 6, "num_subspaces": 2, "target_modules": LINEAR}),
     "ia3": ("ia3", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
     "vera": ("vera", {"r": 4, "target_modules": ["q_proj"]}),
     "loha": ("loha", {"r": 2, "target_modules": LINEAR}),

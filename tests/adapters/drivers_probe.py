@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lightning_peft import PEGO, AdaMSS, BALoRA, FSDP2Strategy, LoRAFA, LoRAPlus, Poly
+from lightning_peft import LAE, PEGO, AdaMSS, BALoRA, FSDP2Strategy, LoRAFA, LoRAPlus, Poly
 from lightning_peft.errors import LightningPeftError
 from tests.adapters.parallel_probe import fit
-from tests.contract.harness import TinyModule
-from tests.distributed.ddp_probe import SaveEveryBatch
+from tests.contract.harness import TinyModule, trainer, weights
+from tests.distributed.ddp_probe import MODEL, Quiet, SaveEveryBatch, loader
 
 LAYERS = "*.up_proj"
 METHODS: dict[str, Any] = {
@@ -35,6 +36,21 @@ def strategy(name: str) -> Any:
     return FSDP2Strategy() if name == "fsdp2" else name
 
 
+def two_tasks(out: Path, world_size: int = 1, **kw: Any) -> dict[str, torch.Tensor]:
+    """LAE on the same data twice; the second time the head trains alone in the first epoch."""
+    torch.manual_seed(100)
+    module = Quiet(MODEL)
+    adapter = LAE("lora", {"r": 2}, decay=0.5, freeze_epochs=1, layers=LAYERS, always=["head"])
+    for _ in range(2):
+        options = {"limit_val_batches": 0, "use_distributed_sampler": False, "gradient_clip_val": None}
+        run = trainer(out, [adapter], devices=world_size, **{**options, **kw})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run.fit(module, loader(world_size))
+    assert adapter.task == 1
+    return weights(module)
+
+
 def main(out: Path) -> None:
     results: dict[str, Any] = {}
     for name, make in METHODS.items():
@@ -50,6 +66,7 @@ def main(out: Path) -> None:
         results[f"{name}/expected"] = fit(out, METHODS[name](), saver, strategy=strategy(form), **options)
         path = directory / "006.ckpt"
         results[f"{name}/resumed"] = fit(out, METHODS[name](), strategy=strategy(form), ckpt=path, **options)
+    results["lae"] = two_tasks(out, world_size=2, strategy="ddp")
     torch.save(results, out / f"rank{os.environ['RANK']}.pt")
 
 

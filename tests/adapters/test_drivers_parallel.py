@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.adapters import drivers_probe
-from tests.adapters.drivers_probe import METHODS, RESUMED, SHARDED
+from tests.adapters.drivers_probe import METHODS, RESUMED, SHARDED, two_tasks
 from tests.adapters.parallel_probe import fit
 from tests.contract.harness import assert_same_weights
 from tests.distributed.launch import launch
@@ -48,6 +48,15 @@ def test_poly_has_the_tasks_of_each_process(ranks: list[dict[str, Any]]) -> None
         first, second = (rank[f"poly/{form}"] for rank in ranks)
         assert_same_weights(first["weights"], second["weights"])
         assert any("poly_router" in name for name in first["trainable"])
+
+
+def test_lae_follows_on_every_process(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    expected = two_tasks(tmp_path)
+    assert_same_weights(ranks[0]["lae"], ranks[1]["lae"])
+    torch.testing.assert_close(ranks[0]["lae"], expected, rtol=1e-3, atol=2e-4)
+    online = {name.replace("_offline", "") for name in expected if "_offline" in name}
+    assert len(online) == 8
+    assert all(not torch.equal(expected[name], expected[name.replace("default", "default_offline")]) for name in online)
 
 
 @pytest.mark.parametrize("name", RESUMED)

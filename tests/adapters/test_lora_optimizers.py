@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from torch import nn
 
-from lightning_peft import LISA, LoRAFA, LoRAPlus
+from lightning_peft import IST, LISA, LoRAFA, LoRAPlus
 from lightning_peft.adapters.lora_fa import correction
 from lightning_peft.cli import main
 from lightning_peft.errors import ConfigError, UnsupportedStrategy
@@ -201,6 +201,11 @@ def test_beside_another_method(tmp_path: Path) -> None:
     fit(tmp_path, adapter, lisa)
     assert all("lora_B" in name for name in adapter.trainable_names)
     assert all("mlp" in name for name in lisa.trainable_names)
+    adapter, ist = LoRAFA(2, layers=LAYERS), IST(0.5, score_period_steps=2, scope="adapters")
+    fit(tmp_path, adapter, ist)
+    assert not adapter.trainable_names
+    assert len(ist.selectable) == 4
+    assert all("lora_B" in name for name in ist.selectable)
 
 
 def test_mistakes(tmp_path: Path) -> None:
