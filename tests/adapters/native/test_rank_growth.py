@@ -221,7 +221,7 @@ def test_resume(method: str, tmp_path: Path) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("batches", [3, 5, 6])
+@pytest.mark.parametrize("batches", [3, 5, 6])  # in the middle of an accumulation window, and at its end
 def test_kill_and_resume_anywhere(method: str, batches: int, tmp_path: Path) -> None:
     class Save(pl.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -244,6 +244,8 @@ def test_kill_and_resume_anywhere(method: str, batches: int, tmp_path: Path) -> 
     assert_same_weights(dict(whole.state_dict()), dict(again.state_dict()))
     assert second.ranks == first.ranks
     assert second.history == first.history
+    if method == "increlora":
+        assert torch.equal(driver(second)._moments, driver(first)._moments)
 
 
 # ---------------------------------------------------------------- IncreLoRA
@@ -295,6 +297,7 @@ def test_the_layers_that_grow_have_the_highest_smoothed_scores(tmp_path: Path) -
     assert callback.ranks == dict(zip(names, ranks.tolist(), strict=True))
     assert [step for step, _ in callback.history] == [0, *growths]
     assert len(growths) == 3
+    np.testing.assert_allclose(driver(callback)._moments.numpy(), [importance, uncertainty], rtol=1e-4)
 
 
 def test_the_gate_of_the_next_rank_is_ajar_until_growing_ends(tmp_path: Path) -> None:
