@@ -127,6 +127,7 @@ def test_two_draws_per_batch(weight: float, tmp_path: Path, monkeypatch: pytest.
             module.calls.clear()
             module.model(x)
             (chosen, first), (others, second) = module.calls
+            assert [layer.chosen["default"] for layer in layers(module.model).values()] == chosen, "the first goes on"
             if chosen != others:
                 break
         penalty = callback._driver.loss()  # type: ignore[union-attr]
