@@ -170,10 +170,11 @@ class Method:
         changes_base: The method changes base weights when it starts, by design.
         starts_elsewhere: It does not start at the base's output, by design.
         moves_more: It moves base weights, by design.
+        sets: Parts of the names of parameters that the method sets itself.
         may_rest: Some of what may train need not have moved after six steps (ranks taken away, masks, routers).
         takes_the_models_place: ``peft`` works by another ``forward`` of the model.
         merges_into: Suffixes of parameters that the merged model has and the base has not.
-        start_depends_on_batches: Two processes read other batches than one when they calibrate.
+        not_as_one: Why two processes cannot compute what one does on the joined batch, by design.
         only: Kinds of model that the method is for, and what to say of others.
     """
 
@@ -181,10 +182,11 @@ class Method:
     changes_base: bool = False
     starts_elsewhere: bool = False
     moves_more: bool = False
+    sets: tuple[str, ...] = ()
     may_rest: bool = False
     takes_the_models_place: bool = False
     merges_into: tuple[str, ...] = ()
-    start_depends_on_batches: bool = False
+    not_as_one: str = ""
     only: tuple[tuple[str, ...], str] | None = None
 
 
@@ -208,6 +210,9 @@ def _ours(name: str, **options: Any) -> Callable[[str], Any]:
 
 _PROMPT: dict[str, Any] = {"num_virtual_tokens": 2, "task_type": "CAUSAL_LM"}
 
+_CALIBRATES = "starts from batches of another size than one process"
+_DRAWS = "each process draws noise of its own"
+
 METHODS: dict[str, Method] = {
     "lora": Method(_peft("lora", r=2)),
     "lora, rank-stabilised": Method(_peft("lora", r=2, use_rslora=True)),
@@ -216,16 +221,16 @@ METHODS: dict[str, Method] = {
     "pissa, fast": Method(_peft("lora", r=2, init_lora_weights="pissa_niter_4"), changes_base=True),
     "olora": Method(_peft("lora", r=2, init_lora_weights="olora"), changes_base=True),
     "mica": Method(_peft("lora", r=2, init_lora_weights="mica")),
-    "eva": Method(_ours("EVA", rank=2), start_depends_on_batches=True),
-    "corda": Method(_ours("CorDA", rank=2), changes_base=True, start_depends_on_batches=True),
-    "lora_ga": Method(_ours("LoRAGA", rank=2), changes_base=True, start_depends_on_batches=True),
+    "eva": Method(_ours("EVA", rank=2), not_as_one=_CALIBRATES),
+    "corda": Method(_ours("CorDA", rank=2), changes_base=True, not_as_one=_CALIBRATES),
+    "lora_ga": Method(_ours("LoRAGA", rank=2), changes_base=True, not_as_one=_CALIBRATES),
     "kasa": Method(_ours("KaSA", rank=2), changes_base=True, starts_elsewhere=True),
     "monteclora": Method(_peft("lora", r=2, monteclora_config=lambda _: {}), starts_elsewhere=True),
     "adalora": Method(_peft("adalora", init_r=4, target_r=2, total_step=6, tinit=1, tfinal=2), may_rest=True),
     "adamss": Method(_peft("adamss", r=4, num_subspaces=2), may_rest=True),
     "ia3": Method(_peft("ia3", feedforward_modules=lambda _: [])),
     "vera": Method(_peft("vera", "square", r=4)),
-    "pvera": Method(_peft("pvera", "square", r=4)),
+    "pvera": Method(_peft("pvera", "square", r=4), not_as_one=_DRAWS),
     "frod": Method(_peft("frod", "square")),
     "vblora": Method(
         _peft("vblora", "square", r=2, num_vectors=10, vector_length=4, topk=2), starts_elsewhere=True, may_rest=True
@@ -253,11 +258,11 @@ METHODS: dict[str, Method] = {
     "psoft": Method(_peft("psoft", r=2)),
     "peanut": Method(_peft("peanut")),
     "deft": Method(_peft("deft", r=2)),
-    "lily": Method(_peft("lily", r=2)),
+    "lily": Method(_peft("lily", r=2), not_as_one="its routers average over the batch of the process"),
     "beft": Method(_peft("beft")),
     "ln_tuning": Method(_peft("ln_tuning", "norm")),
     "trainable_tokens": Method(_peft("trainable_tokens", "embedding", token_indices=lambda _: [1, 2])),
-    "poly": Method(lambda kind: lightning_peft.Poly(**_poly(kind)), starts_elsewhere=True),
+    "poly": Method(lambda kind: lightning_peft.Poly(**_poly(kind)), starts_elsewhere=True, not_as_one=_DRAWS),
     "xlora": Method(_peft("xlora", None)),
     "prompt_tuning": Method(
         _peft("prompt_tuning", None, **_PROMPT), starts_elsewhere=True, takes_the_models_place=True
@@ -290,15 +295,46 @@ def _poly(kind: str) -> dict[str, Any]:
 NATIVE: set[str] = set()
 """Rows of methods that this package adds to ``peft``'s."""
 
+_BOTTLENECKS = {"SeriesAdapter", "ParallelAdapter", "Compacter", "MoSA", "VLPET"}
+_PLACED = _BOTTLENECKS | {"LoFiT", "VPT", "NTKAttention", "DePT"}
+
 
 def _add(name: str, cls: str, **traits: Any) -> None:
-    options = traits.pop("options", {})
-    METHODS[name] = Method(_ours(cls, **options), **traits)
+    options = {**traits.pop("options", {})}
+    if cls in _PLACED:  # these find their places themselves
+        own = {"plain": {"layers": "*.fc2"}} if cls in _BOTTLENECKS else {}
+        METHODS[name] = Method(lambda kind: getattr(lightning_peft, cls)(**options, **own.get(kind, {})), **traits)
+    else:
+        METHODS[name] = Method(_ours(cls, **options), **traits)
     NATIVE.add(name)
 
 
-_add("lora_xs", "LoRAXS", options={"rank": 2})
-_add("slora", "SLoRA", options={"rank": 2})
-_add("nlora", "NLoRA", options={"rank": 2})
-_add("inttune", "IntTune", options={"rank": 2})
-_add("loldu", "LoLDU", options={"rank": 2})
+_RANK: dict[str, Any] = {"rank": 2}
+_GROWS = {"target_rank": 2, "period_steps": 1}
+_add("lora+", "LoRAPlus", options=_RANK)
+_add("lora-fa", "LoRAFA", options=_RANK)
+_add("pego", "PEGO", options={"rank": 2, "group_size": 2})
+_add("lae", "LAE", options={"config": {"r": 2}, "freeze_epochs": 0}, may_rest=True)
+_add("lora_xs", "LoRAXS", options=_RANK)
+_add("lora_sb", "LoRASB", options=_RANK, starts_elsewhere=True, not_as_one=_CALIBRATES)
+_add("slora", "SLoRA", options=_RANK)
+_add("nlora", "NLoRA", options=_RANK)
+_add("inttune", "IntTune", options=_RANK)
+_add("loldu", "LoLDU", options=_RANK)
+_add("increlora", "IncreLoRA", options=_GROWS, may_rest=True, sets=("increlora_E",))
+_add("triadapt_lora", "TriAdaptLoRA", options=_GROWS, may_rest=True)
+_add("ssf", "SSF", starts_elsewhere=True, merges_into=("bias",))
+_add("series adapter", "SeriesAdapter", options=_RANK)
+_add("parallel adapter", "ParallelAdapter", options=_RANK)
+_add("compacter", "Compacter", options={"rank": 4})
+_add("mosa", "MoSA", options={"rank": 4}, not_as_one=_DRAWS, may_rest=True)
+_add("vl-pet", "VLPET", options={"rank": 2, "gate_rank": 2}, starts_elsewhere=True)
+_add("lofit", "LoFiT", starts_elsewhere=True, merges_into=("bias",))
+_add(
+    "loramoe", "LoRAMoE", options={"rank": 2, "num_experts": 2, "task_types": 2},
+    not_as_one="the balance of experts is that of the batch of its process",
+)  # fmt: skip
+_add("mtlora", "MTLoRA", options={"num_tasks": 2, "rank": 2, "task_rank": 2, "task_ids": 2}, may_rest=True)
+_add("vpt", "VPT", options={"num_prompts": 2}, starts_elsewhere=True)
+_add("ntk-attention", "NTKAttention", starts_elsewhere=True)
+_add("dept", "DePT", options={"num_prompts": 2, "rank": 2, "max_length": 8}, starts_elsewhere=True)
