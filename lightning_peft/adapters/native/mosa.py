@@ -158,8 +158,8 @@ class _Draws(Driver):
     def batch(self, batch: Any) -> None:
         self._seen = []
         if self._model.training:
-            self._draw(1)
             self._batches += 1
+            self._draw(1)
 
     def _after_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self._seen is None or not model.training or not torch.is_grad_enabled():
