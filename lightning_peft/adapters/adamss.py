@@ -37,6 +37,7 @@ class AdaMSSDriver(Driver):
 
     sees_whole_parameters = True
     allocates = True
+    _units: Mapping[str, tuple[str, ...]] = {}
     _FIELDS = ("exp_avg_ipt_A", "exp_avg_ipt_B", "exp_avg_unc_A", "exp_avg_unc_B")
 
     @property
@@ -60,8 +61,17 @@ class AdaMSSDriver(Driver):
             layer, _, rest = name.partition(".adamss_")
             unit = f"{layer}/{rest.rpartition('.')[2]}" if rest else self.adapter_name
             units.setdefault(unit, []).append(name)
-        self._units = {unit: tuple(members) for unit, members in units.items()}
-        return self._units
+        cut = {unit: tuple(members) for unit, members in units.items()}
+        self._units = cut
+        return cut
+
+    @override
+    def started(self) -> None:
+        if not self._units:
+            raise ConfigError(
+                "AdaMSS drops subspaces, but another method of the run decides about all of them. Leave one of the two "
+                "out, or say target_subspaces=None."
+            )
 
     @override
     def stepped(self, step: int) -> None:

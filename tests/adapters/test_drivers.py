@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from lightning_peft import PEGO, AdaMSS, Adapter, BALoRA, Poly
+from lightning_peft import IST, PEGO, AdaMSS, Adapter, BALoRA, Poly
 from lightning_peft.adapters.adamss import num_kept
 from lightning_peft.adapters.files import merge_adapters
 from lightning_peft.errors import ConfigError
@@ -110,7 +110,9 @@ def test_adamss_is_drawn_in_the_ledger_and_works_by_name(tmp_path: Path) -> None
     assert len(still.history) == 1
 
 
-def test_adamss_mistakes() -> None:
+def test_adamss_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="another method of the run decides"):
+        fit(tmp_path, adamss(), IST(0.5, score_period_steps=2, scope="adapters"))
     with pytest.raises(ConfigError, match="no multiple of period_steps=100 lies"):
         AdaMSS(target_subspaces=3, start_step=10, end_step=90)
     with pytest.raises(ConfigError, match="asa_target_subspaces"):

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from torch import nn
 
-from lightning_peft import IST, LISA, LoRAFA, LoRAPlus
+from lightning_peft import IST, LISA, LoRA, LoRAFA, LoRAPlus
 from lightning_peft.adapters.lora_fa import correction
 from lightning_peft.cli import main
 from lightning_peft.errors import ConfigError, UnsupportedStrategy
@@ -253,3 +253,27 @@ def test_lora_fa_has_half_of_loras_parameters(tmp_path: Path) -> None:
     bases = [p for n, p in module.named_parameters() if n.endswith("base_layer.weight")]
     assert len(bases) == 28
     assert own == sum(3 * base.shape[0] for base in bases)  # rank * out
+
+
+def test_lora_fa_keeps_no_inputs_for_the_backward_pass(tmp_path: Path) -> None:
+    class Weighs(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            parameters = {p.untyped_storage().data_ptr() for p in self.parameters()}
+
+            def pack(tensor: torch.Tensor) -> torch.Tensor:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in parameters:
+                    kept[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                return super().training_step(batch, batch_idx)
+
+    sizes = []
+    for adapter in (LoRA(2, layers="*.down_proj"), LoRAFA(2, layers="*.down_proj")):
+        kept: dict[int, int] = {}
+        run = trainer(tmp_path, [adapter], max_steps=1, accumulate_grad_batches=1)
+        run.fit(Weighs(), shuffled(MODEL), shuffled(MODEL, shuffle=False))
+        sizes.append(sum(kept.values()))
+    inputs = 4 * 2 * 7 * 12 * 4  # layers, rows, tokens, features, bytes
+    assert sizes[0] - sizes[1] == inputs
