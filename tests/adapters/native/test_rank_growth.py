@@ -17,12 +17,10 @@ from lightning_peft.adapters.native import IncreLoRAConfig, TriAdaptLoRAConfig
 from lightning_peft.adapters.native.growth import GrowingLayer
 from lightning_peft.adapters.native.triadapt_lora import num_growing
 from lightning_peft.errors import ConfigError
-from tests.adapters.native import growth_probe
 from tests.adapters.native.life import resume
 from tests.adapters.native.models import batch, build, output
 from tests.adapters.native.test_in_training import Module, loader
 from tests.contract.harness import assert_same_weights
-from tests.distributed.launch import launch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*GPU available"),
@@ -423,30 +421,3 @@ def test_mistakes(method: str, tmp_path: Path) -> None:
     else:
         with pytest.raises(ConfigError, match="beta1"):
             IncreLoRAConfig(beta1=1.0)
-
-
-# ---------------------------------------------------------------- two processes
-
-
-@pytest.mark.distributed
-def test_two_processes(tmp_path: Path) -> None:
-    launch(Path(growth_probe.__file__), str(tmp_path))
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    for name in growth_probe.METHODS:
-        first, second = (rank[name] for rank in ranks)
-        assert first["ranks"] == second["ranks"]
-        assert first["history"] == second["history"]
-        assert len(set(first["ranks"].values())) > 1
-        assert_same_weights(first["weights"], second["weights"])
-    for result in ranks:
-        whole, resumed = result["whole"], result["resumed"]
-        assert resumed["ranks"] == whole["ranks"]
-        assert resumed["history"] == whole["history"]
-        assert_same_weights(resumed["weights"], whole["weights"])
-        assert "UnsupportedStrategy" in result["fsdp2"]["error"]
-    one = growth_probe.run(tmp_path, "triadapt_lora")
-    assert one["ranks"] == ranks[0]["triadapt_lora"]["ranks"], "scores from weights: as one process on the joined batch"
-    for ours, theirs in zip(ranks[0]["triadapt_lora"]["gradients"], one["gradients"], strict=True):
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-5, atol=1e-6)

@@ -1,4 +1,7 @@
-"""Run by ``test_rank_growth.py`` on two processes: adapters that grow, under DDP, with a resume; refused by FSDP2."""
+"""Run by ``test_native_parallel.py`` on two processes.
+
+Adapters that grow under DDP, with a resume, and their refusal by FSDP2; mixtures and prompts under DDP and FSDP2.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lightning_peft import FSDP2Strategy, IncreLoRA, TriAdaptLoRA
+from lightning_peft import DePT, FSDP2Strategy, IncreLoRA, LoRAMoE, MTLoRA, NTKAttention, TriAdaptLoRA
 from lightning_peft.errors import LightningPeftError
 from tests.adapters.parallel_probe import fit
 from tests.contract.harness import TinyModule
@@ -20,6 +23,13 @@ METHODS: dict[str, Any] = {
     "increlora": lambda: IncreLoRA(layers_per_growth=1, **OPTIONS),
     "triadapt_lora": lambda: TriAdaptLoRA(total_steps=8, **OPTIONS),
 }
+OTHERS: dict[str, Any] = {
+    "loramoe": lambda: LoRAMoE(num_experts=4, rank=2, balance_weight=0.0),
+    "mtlora": lambda: MTLoRA(num_tasks=5, rank=2, task_rank=2, task_ids=1),
+    "ntk_attention": NTKAttention,
+    "dept": lambda: DePT(num_prompts=3, rank=2, max_length=8, init_std=0.1),
+}
+STRATEGIES: dict[str, Any] = {"ddp": lambda: "ddp", "fsdp2": FSDP2Strategy}
 
 
 def run(out: Path, name: str, *callbacks: Any, **options: Any) -> dict[str, Any]:
@@ -38,6 +48,9 @@ def main(out: Path) -> None:
         run(out, "increlora", world_size=2, strategy=FSDP2Strategy())
     except LightningPeftError as error:
         results["fsdp2"] = {"error": f"{type(error).__name__}: {error}"}
+    for name, make in OTHERS.items():
+        for strategy, make_strategy in STRATEGIES.items():
+            results[f"{name}/{strategy}"] = fit(out, [make()], world_size=2, strategy=make_strategy())
     torch.save(results, out / f"rank{os.environ['RANK']}.pt")
 
 
