@@ -22,6 +22,7 @@ __all__ = [
     "FrozenDriver",
     "LossDriver",
     "WholeDriver",
+    "check_undriven",
     "driver_for",
     "entry_of",
     "lora_layers",
@@ -236,6 +237,20 @@ def scale_rates(trainer: Trainer, parameters: Iterable[Tensor], ratio: float) ->
         for index, group in enumerate(optimizer.param_groups):
             if group["params"] and is_chosen(group["params"][0]):
                 scale_learning_rate(optimizer, schedulers, index, ratio)
+
+
+def check_undriven(handle: PeftModel, adapter_name: str, label: str) -> None:
+    """Check that an adapter needs no driver of its own, in whose place another one is about to come.
+
+    Raises:
+        ConfigError: If it does.
+    """
+    driver = driver_for(handle, adapter_name)
+    if type(driver) is not Driver:
+        raise ConfigError(
+            f"{label} drives its adapter, and so does {type(driver).__name__}, which this configuration needs too: "
+            "one of the two would not happen."
+        )
 
 
 def driver_for(handle: PeftModel, adapter_name: str, seed: int = 0) -> Driver:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.adapters.adapter import Adapter
-from lightning_peft.adapters.drivers import Driver
+from lightning_peft.adapters.drivers import Driver, check_undriven
 from lightning_peft.adapters.injection import Injected, activate, inject, injected
 from lightning_peft.core.draw import Draw
 from lightning_peft.core.names import named_parameters
@@ -143,7 +143,7 @@ class LAE(Adapter):
 
     Raises:
         ConfigError: If an argument is out of its range. From the fit, if nothing else trains while the adapter waits;
-            from evaluation, if the target returns no logits.
+            or the method needs the loop too (AdaLoRA, Poly); from evaluation, if the target returns no logits.
         UnsupportedStrategy: From the fit, if the strategy shards parameters.
 
     Example:
@@ -196,6 +196,7 @@ class LAE(Adapter):
 
     @override
     def make_driver(self, adapter: Injected) -> Driver:
+        check_undriven(adapter.handle, adapter.adapter_name, "LAE")
         is_new = (self.target, self.offline_name) not in injected(self._module)
         offline = inject(
             self._module,

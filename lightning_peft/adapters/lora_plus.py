@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from typing_extensions import override
 
 from lightning_peft.adapters.adapter import Adapter
-from lightning_peft.adapters.drivers import Driver, scale_rates
+from lightning_peft.adapters.drivers import Driver, check_undriven, scale_rates
 from lightning_peft.adapters.injection import Injected
 from lightning_peft.adapters.presets import lora_config
 from lightning_peft.errors import ConfigError
@@ -64,7 +64,7 @@ class LoRAPlus(Adapter):
 
     Raises:
         ConfigError: If ``lr_ratio`` is below 1, or an option is unknown. From the fit, if the optimizer shares its
-            groups out among the ranks.
+            groups out among the ranks, or an option needs the loop too (``kasa_config``).
 
     Example:
         >>> from lightning_peft import LoRAPlus
@@ -102,4 +102,5 @@ class LoRAPlus(Adapter):
 
     @override
     def make_driver(self, adapter: Injected) -> Driver:
+        check_undriven(adapter.handle, adapter.adapter_name, "LoRAPlus")
         return LoRAPlusDriver(adapter, self.lr_ratio)

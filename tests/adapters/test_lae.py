@@ -160,6 +160,8 @@ def test_mistakes(tmp_path: Path) -> None:
         LAE(decay=1.5)
     with pytest.raises(ConfigError, match="no layers in the model"):
         LAE("prompt_tuning", {"num_virtual_tokens": 2, "task_type": "CAUSAL_LM"}, layers=None)
+    with pytest.raises(ConfigError, match="AdaLoRADriver"):
+        fit(tmp_path, LAE("adalora", {"total_step": 6}))
     module, adapter = TinyModule(DATA), lae(always=())
     run_task(tmp_path, module, adapter)
     with pytest.raises(ConfigError, match="Name the head in always"):

@@ -213,6 +213,8 @@ def test_mistakes(tmp_path: Path) -> None:
         LoRAPlus(lr_ratio=0.5)
     with pytest.raises(ConfigError, match=r"no option 'use_dorra'.*use_dora"):
         LoRAPlus(options={"use_dorra": True})
+    with pytest.raises(ConfigError, match="LossDriver"):
+        fit(tmp_path, LoRAPlus(2, options={"kasa_config": {"beta": 0.1, "gamma": 0.1}}))
     with pytest.raises(ConfigError, match="embedding"):
         fit(tmp_path, LoRAFA(2, layers="embeddings"))
 
