@@ -12,11 +12,12 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from typing_extensions import override
 
-from lightning_peft.adapters.calibration import convert_all, find_start
+from lightning_peft.adapters.calibration import find_start
 from lightning_peft.adapters.config import make_config, plain_config
 from lightning_peft.adapters.drivers import Driver, FrozenDriver, driver_for
 from lightning_peft.adapters.frozen_base import attach_frozen_base, fingerprints
 from lightning_peft.adapters.injection import Injected, activate, inject, injected
+from lightning_peft.adapters.starts import convert_all
 from lightning_peft.core.blocks import Structure
 from lightning_peft.core.draw import Draw
 from lightning_peft.core.instance import replace_on

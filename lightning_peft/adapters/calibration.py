@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from lightning.pytorch.trainer.states import TrainerFn
@@ -28,13 +27,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_peft.adapters.config import config_from_plain
 from lightning_peft.adapters.frozen_base import CHECKPOINT_KEY
 from lightning_peft.adapters.injection import asked_for, injected
+from lightning_peft.adapters.starts import FromCheckpoint, Start, change_base, convert_all
 from lightning_peft.core.draw import draw_generator
 from lightning_peft.core.names import named_parameters, parameter_aliases
 from lightning_peft.core.quantized import is_quantized
-from lightning_peft.core.trainable import parameter_fingerprints
 from lightning_peft.errors import ConfigError, UnsupportedStrategy
 from lightning_peft.methods.batches import sample_batches
 from lightning_peft.methods.scoring import scoring_loss, without_trace
@@ -42,70 +40,9 @@ from lightning_peft.methods.scoring import scoring_loss, without_trace
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-__all__ = ["FromBatches", "FromCheckpoint", "Start", "convert_all", "find_start"]
+__all__ = ["FromBatches", "find_start"]
 
 _MOST_ROUNDS = 100  # how often EVA may see each batch until its directions hold still
-
-
-class Start:
-    """How an adapter that starts from data gets its start."""
-
-    asked: dict[str, Any] | None = None
-    """The settings that the start was made for, where they are not those of the injection."""
-
-    failure: Exception | None = None
-    """What the user's own code raised."""
-
-    def __init__(self) -> None:
-        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
-        self.base_marks: dict[str, int] = {}
-
-    def put_in(
-        self,
-        root: nn.Module,
-        base: nn.Module,
-        config: Any,
-        adapter_name: str,
-        apply: Callable[[PeftConfig], PeftModel],
-    ) -> PeftModel:
-        """Put the adapter in by ``apply`` and give it its start.
-
-        Args:
-            root: The LightningModule.
-            base: The target.
-            config: Of the adapter.
-            adapter_name: Its name.
-            apply: Calls ``peft``, with the random state of the adapter's seed.
-        """
-        raise NotImplementedError
-
-
-class FromCheckpoint(Start):
-    """The start that a checkpoint holds, on the original base.
-
-    Args:
-        entry: What :meth:`~lightning_peft.adapters.injection.Injected.record` returned.
-    """
-
-    def __init__(self, entry: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.asked = entry["start"]["asked"]
-        self._config = entry["config"]
-        self._factors = {path: (A.clone(), B.clone()) for path, (A, B) in entry["start"]["factors"].items()}
-
-    @override
-    def put_in(
-        self, root: nn.Module, base: nn.Module, config: Any, adapter_name: str, apply: Callable[[Any], PeftModel]
-    ) -> PeftModel:
-        saved: Any = config_from_plain(self._config)
-        if not self._factors:
-            return apply(saved)
-        init, saved.init_lora_weights = saved.init_lora_weights, True
-        handle = apply(saved)
-        handle.peft_config[adapter_name].init_lora_weights = init  # type: ignore[attr-defined]
-        self.factors = self._factors
-        self.base_marks = _change_base(root, handle, adapter_name, self._factors, {})
-        return handle
 
 
 class FromBatches(Start):
@@ -291,7 +228,7 @@ class FromBatches(Start):
             convert_all(self._trainer, self._module)
         factors = {path: _factors(handle, path, adapter_name) for path in layers}
         self.factors = self._trainer.strategy.broadcast(factors)
-        self.base_marks = _change_base(root, handle, adapter_name, self.factors, originals)
+        self.base_marks = change_base(root, handle, adapter_name, self.factors, originals)
         return handle
 
     def _check_layers(self, root: nn.Module, config: Any, layers: Mapping[str, Any]) -> None:
@@ -385,12 +322,6 @@ class FromBatches(Start):
         return handle
 
 
-def convert_all(trainer: Trainer, module: LightningModule) -> None:
-    """Bring a module into the precision that ``bf16-true``, ``16-true`` and ``64-true`` give it later anyway."""
-    if isinstance(trainer.precision_plugin, (HalfPrecision, DoublePrecision)):
-        trainer.precision_plugin.convert_module(module)
-
-
 def find_start(
     trainer: Trainer,
     pl_module: LightningModule,
@@ -467,46 +398,11 @@ def _entry(trainer: Trainer, path: str | Path, target: str, adapter_name: str) -
     return None
 
 
-# ---------------------------------------------------------------------- the changed base
-
-
 @torch.no_grad()
 def _factors(handle: PeftModel, path: str, adapter_name: str) -> tuple[Tensor, Tensor]:
     layer: Any = handle.get_base_model().get_submodule(path)
     A_RI, B_OR = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
     return A_RI.detach().cpu().clone(), B_OR.detach().cpu().clone()
-
-
-@torch.no_grad()
-def _change_base(
-    root: nn.Module,
-    handle: PeftModel,
-    adapter_name: str,
-    factors: Mapping[str, tuple[Tensor, Tensor]],
-    originals: Mapping[str, Tensor],
-) -> dict[str, int]:
-    """Start from ``factors``, subtract their product from the original weights, and return marks of both.
-
-    The residual is ``peft``'s, computed in float64 on the CPU, so that a start on any device can be repeated.
-    """
-    names = {id(parameter): name for name, parameter in named_parameters(root).items()}
-    marks = {}
-    for path, (A_RI, B_OR) in factors.items():
-        layer: Any = handle.get_base_model().get_submodule(path)
-        weight = layer.get_base_layer().weight
-        if weight.is_meta or hasattr(weight, "_local_tensor"):
-            raise ConfigError(
-                f"{path!r} has no weights yet or is sharded, and its start has to be subtracted from them: build the "
-                "model with its weights, and leave sharding to the strategy."
-            )
-        original = originals[path] if path in originals else weight.detach().cpu().clone()
-        product = layer.scaling[adapter_name] * (B_OR.double() @ A_RI.double())
-        residual = original.double() - (product.T if layer.fan_in_fan_out else product)
-        weight.copy_(residual.to(weight.dtype))
-        layer.lora_A[adapter_name].weight.copy_(A_RI)
-        layer.lora_B[adapter_name].weight.copy_(B_OR)
-        marks[names[id(weight)]] = hash(tuple(parameter_fingerprints([original, A_RI, B_OR])))
-    return marks
 
 
 # ---------------------------------------------------------------------- batches and layers

@@ -12,11 +12,11 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_peft.adapters.calibration import FromCheckpoint
 from lightning_peft.adapters.config import config_from_plain, peft_methods
 from lightning_peft.adapters.conversion import as_lora_over_the_original_base, changes_base
 from lightning_peft.adapters.frozen_base import CHECKPOINT_KEY, check_base, without_base
 from lightning_peft.adapters.injection import Injected, activate, inject
+from lightning_peft.adapters.starts import FromCheckpoint
 from lightning_peft.core.quantized import is_quantized
 from lightning_peft.errors import BaseMismatch, ConfigError, nearest, suggest
 

@@ -30,7 +30,7 @@ from lightning_peft.errors import ConfigError, LightningPeftError, ScopeError, s
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-    from lightning_peft.adapters.calibration import Start
+    from lightning_peft.adapters.starts import Start
 
 __all__ = ["Injected", "activate", "asked_for", "inject", "injected", "layer_paths"]
 
