@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from lightning_peft import LoRAMoE, MTLoRA, ResumableDataLoader, set_tasks
-from lightning_peft.adapters.native import LoRAMoEConfig, MTLoRAConfig
+from lightning_peft.adapters.native import IncreLoRAConfig, LoRAMoEConfig, MTLoRAConfig, TriAdaptLoRAConfig
 from lightning_peft.adapters.native.loramoe import balancing_loss
 from lightning_peft.errors import ConfigError
 from tests.adapters.native.life import live, resume
@@ -315,3 +315,27 @@ def test_mtlora_mistakes(tmp_path: Path) -> None:
 
 def test_loramoe_without_balance_needs_no_types(tmp_path: Path) -> None:
     resume(lambda: [LoRAMoE(balance_weight=0.0)], tmp_path)
+
+
+@pytest.mark.parametrize("kind", [IncreLoRAConfig, TriAdaptLoRAConfig, LoRAMoEConfig, MTLoRAConfig])
+def test_a_quantised_base_stays_quantised(kind: Any) -> None:
+    from lightning_peft.precision import merge_adapter, quantize
+
+    model, x = build("llama"), batch("llama")
+    quantize(model, "nf4")
+    expected = output(model, x)
+    handle: Any = get_peft_model(model, kind(r=2, target_modules=["q_proj", "down_proj"]))
+    if kind is MTLoRAConfig:
+        set_tasks(handle, 1)
+    assert torch.equal(output(handle, x), expected)
+    codes = {n: p.clone() for n, p in model.named_parameters() if "base_layer.weight" in n}
+    assert len(codes) == 4
+    shake(handle)
+    trained = output(handle, x)
+    trained.sum().backward()
+    assert all(torch.equal(p, codes[n]) for n, p in model.named_parameters() if n in codes)
+    assert sum(p.grad is not None for p in handle.parameters()) >= 4 * 3
+    if kind is LoRAMoEConfig:
+        return
+    merge_adapter(model, dequantize=True)
+    torch.testing.assert_close(output(model, x), trained, rtol=1e-3, atol=1e-3)
