@@ -72,6 +72,7 @@ _PUBLIC: dict[str, str] = {
     "BALoRA": "lightning_peft.adapters.ba_lora",
     "AdaLoRA": "lightning_peft.adapters.presets",
     "CorDA": "lightning_peft.adapters.data_driven",
+    "CPT": "lightning_peft.adapters.cpt",
     "DoRA": "lightning_peft.adapters.presets",
     "EVA": "lightning_peft.adapters.data_driven",
     "IA3": "lightning_peft.adapters.presets",
@@ -115,6 +116,7 @@ if TYPE_CHECKING:
     from lightning_peft.adapters.adamss import AdaMSS
     from lightning_peft.adapters.adapter import Adapter
     from lightning_peft.adapters.ba_lora import BALoRA
+    from lightning_peft.adapters.cpt import CPT
     from lightning_peft.adapters.data_driven import EVA, CorDA, LoRAGA, LoRASB
     from lightning_peft.adapters.files import load_from_checkpoint, merge_adapters
     from lightning_peft.adapters.lae import LAE
