@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -19,7 +21,7 @@ from lightning_peft.adapters import calibration
 from lightning_peft.adapters.files import merge_adapters
 from lightning_peft.adapters.frozen_base import CHECKPOINT_KEY
 from lightning_peft.core.trainable import parameter_fingerprints
-from lightning_peft.errors import BaseMismatch, ConfigError
+from lightning_peft.errors import BaseMismatch, ConfigError, UnsupportedStrategy
 from tests.adapters import calibration_probe
 from tests.adapters.test_quantized import SaveAll, trained
 from tests.adapters.test_quantized import fit as fit_quantized
@@ -487,7 +489,7 @@ def test_mistakes_are_told_before_training(name: str, tmp_path: Path) -> None:
             type(make())(2, num_batches=0)
 
 
-def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"rank 5 is too large.*twice"):
         fit(tmp_path, LoRAGA(5, layers=LAYERS))
     with pytest.raises(ConfigError, match="rank 9 is too large"):
@@ -499,6 +501,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         fit(tmp_path, EVA(2, rho=4, layers=LAYERS), loader=DataLoader(data(), batch_size=1))
     with pytest.raises(ConfigError, match=r"4 ranks .* smaller rank or rho"):
         fit(tmp_path, EVA(2, rho=2, layers=LAYERS), loader=DataLoader(data(), batch_size=1))
+    monkeypatch.setattr(calibration, "_MOST_ROUNDS", 3)
+    with pytest.raises(ConfigError, match=r"still turn after 3 rounds over 3 .*smaller tau"):
+        fit(tmp_path, EVA(2, tau=1, layers=LAYERS[:1], num_batches=3))
     with pytest.raises(ConfigError, match="rho"):
         EVA(rho=0.5)
     with pytest.raises(ConfigError, match="mode='imp'"):
@@ -509,6 +514,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         config = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}, "target_modules": ["q_proj"]}
         with pytest.raises(ConfigError, match="CUDA or XPU"):
             fit(tmp_path, Adapter("lora", config))
+
+
+def test_strategies_that_shard_before_are_refused() -> None:
+    module, run = TinyModule(MODEL), Mock(strategy=Mock(spec=FSDPStrategy))
+    with pytest.raises(UnsupportedStrategy, match=r"before it has sharded.*FSDP2Strategy"):
+        calibration.FromBatches(run, module, 1, 0, "EVA").put_in(module, module.model, None, "default", Mock())
 
 
 @pytest.mark.filterwarnings("ignore:.*GPU available but not used")
