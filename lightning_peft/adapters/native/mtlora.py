@@ -239,7 +239,8 @@ class MTLoRA(Adapter):
 
     Differs from the paper:
         There each image has labels of all tasks, and its features part into one stream per task; here each row has one
-        task, as in batches of mixed tasks. For a row with several, call the model once per task.
+        task, as in batches of mixed tasks. For a row with several, call the model once per task. Of the forms in the
+        authors' code it is the one whose task-specific outputs contain the shared update.
     """
 
     def __init__(

@@ -34,7 +34,9 @@ __all__ = ["TriAdaptLoRA", "TriAdaptLoRAConfig", "num_growing"]
 
 @dataclass
 class TriAdaptLoRAConfig(GrowingConfig):
-    """TriAdaptLoRA: rank and a triangular core that grow. Outside Lightning nothing grows: it trains at rank r.
+    """TriAdaptLoRA: rank and a triangular core that grow.
+
+    Outside Lightning nothing grows: it trains at rank r, and ``peft`` counts values that are not reached as trainable.
 
     Args:
         threshold: How many layers grow at a time, see :func:`num_growing`.
