@@ -20,11 +20,11 @@ _USAGE = """\
 usage: lightning-peft {command} --ckpt_path FILE --output FOLDER MODEL OPTIONS
 
 {what}
-The model is given as for `fit`: --config FILE (its data, trainer and method parts do not matter) and --model NAME,
---model.OPTION VALUE. It gives the base; the checkpoint knows its adapters.
+The model is given as for `fit`: --config FILE (its data and callbacks do not matter, its precision does) and
+--model NAME, --model.OPTION VALUE. It gives the base; the checkpoint knows its adapters.
 
   --ckpt_path FILE   checkpoint of a run with Adapter; also the folder of a sharded one
-  --output FOLDER    where to; must not exist, or be empty
+  --output FOLDER    where to; must not exist, or be empty{more}
 
 example:
   lightning-peft {command} --config configs/models/causal_lm.yaml --ckpt_path last.ckpt --output {output}"""
@@ -32,6 +32,9 @@ example:
 _MERGE = """\
 Merges the adapters of a checkpoint into their base, and writes a plain Hugging Face folder, which AutoModel reads:
 weights, configuration and, if the model has one, the tokenizer. Tied embeddings stay tied if neither was changed."""
+
+_DEQUANTIZE = """
+  --dequantize true  turn a quantised base into a plain one first; without, it is refused"""
 
 _EXPORT = """\
 Writes the adapters of a checkpoint as folders that peft reads (PeftModel.from_pretrained)."""
@@ -47,12 +50,12 @@ def merge(args: Sequence[str], debug: bool = False) -> int:
     Returns:
         The exit code: 0 done, 1 the model or checkpoint cannot be used, 2 the command line is wrong.
     """
-    return _run(_Merge, _USAGE.format(command="merge", what=_MERGE, output="merged"), args, debug)
+    return _run(_Merge, _USAGE.format(command="merge", what=_MERGE, output="merged", more=_DEQUANTIZE), args, debug)
 
 
 def export(args: Sequence[str], debug: bool = False) -> int:
     """Run ``lightning-peft export``; arguments and exit code as of :func:`merge`."""
-    return _run(_Export, _USAGE.format(command="export", what=_EXPORT, output="adapter"), args, debug)
+    return _run(_Export, _USAGE.format(command="export", what=_EXPORT, output="adapter", more=""), args, debug)
 
 
 def _run(command: type[_FromCheckpoint], usage: str, args: Sequence[str], debug: bool) -> int:
@@ -94,10 +97,14 @@ class _FromCheckpoint(PeftCLI):
             raise ConfigError(f"{output!r} exists already and is not empty. Give another --output.")
         checkpoint = _read(Path(path))
         config: Any = self.config.clone()
-        for key in ("trainer", "data", "method", "optimizer", "lr_scheduler"):
+        for key in ("data", "method", "optimizer", "lr_scheduler"):
             config.pop(key, None)
-        module = cast(LightningModule, self.parser.instantiate_classes(config)["model"])
+        for key in ("callbacks", "logger", "profiler", "strategy"):
+            config.trainer[key] = None
+        made: Any = self.parser.instantiate_classes(config)
+        module = cast(LightningModule, made["model"])
         module.configure_model()
+        _convert(module, made["trainer"])
         load_adapters(module, checkpoint)
         self.write(module.eval(), Path(output))
 
@@ -107,6 +114,11 @@ class _FromCheckpoint(PeftCLI):
 
 
 class _Merge(_FromCheckpoint):
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what merging asks."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--dequantize", type=bool, default=False, help="Make a quantised base plain first.")
+
     def write(self, module: LightningModule, output: Path) -> None:
         """Write a folder per target; a single one is the output itself."""
         from lightning_peft.adapters.files import merge_adapters
@@ -114,7 +126,7 @@ class _Merge(_FromCheckpoint):
 
         handles = {target: adapter.handle for (target, _), adapter in injected(module).items()}
         for target, handle in handles.items():
-            model: Any = merge_adapters(handle)
+            model: Any = merge_adapters(handle, dequantize=self._get(self.config, "dequantize"))
             if not hasattr(model, "save_pretrained"):
                 raise ConfigError(
                     f"{target!r} is a {type(model).__name__} and no Hugging Face model: merge it in Python by "
@@ -137,6 +149,16 @@ class _Export(_FromCheckpoint):
         for (target, _), adapter in adapters.items():
             folder = export_adapter(adapter, output if len(targets) == 1 else output / target)
             print(f"Adapter: {folder}", file=sys.stderr)
+
+
+def _convert(module: LightningModule, trainer: Any) -> None:
+    """Bring a base into the precision that it had in the run."""
+    plugins = trainer.get("plugins") or []
+    for plugin in plugins if isinstance(plugins, list) else [plugins]:
+        if hasattr(plugin, "prepare"):
+            plugin.prepare(module)
+    if (dtype := {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(trainer.get("precision"))) is not None:
+        module.to(dtype)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -291,6 +291,7 @@ model:
   class_path: CausalLM
   init_args:
     model_name_or_path: {base}
+    optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.1}}}}
 data:
   class_path: tests.adapters.test_files.Tokens
 trainer:
@@ -301,6 +302,7 @@ trainer:
   enable_model_summary: false
   default_root_dir: {root}
   limit_val_batches: 0
+  {trainer}
   callbacks:
   - class_path: {adapter}
   - class_path: lightning.pytorch.callbacks.ModelCheckpoint
@@ -326,7 +328,7 @@ def test_the_commands_fit_from_a_folder_export_and_merge(tmp_path: Path, capsys:
     theirs.save_pretrained(str(tmp_path / "saved"))
     config, start = tmp_path / "run.yaml", tmp_path / "saved"
     adapter = f"Adapter\n    init_args: {{method: {start}}}"
-    config.write_text(CONFIG.format(base=tmp_path / "base", root=tmp_path, adapter=adapter))
+    config.write_text(CONFIG.format(base=tmp_path / "base", root=tmp_path, adapter=adapter, trainer=""))
     assert main(["fit", "--config", str(config)]) == 0, capsys.readouterr().err
     common = ["--config", str(config), "--ckpt_path", str(tmp_path / "ckpt" / "last.ckpt"), "--output"]
     assert main(["export", *common, str(tmp_path / "exported")]) == 0, capsys.readouterr().err
@@ -346,3 +348,35 @@ def test_the_commands_fit_from_a_folder_export_and_merge(tmp_path: Path, capsys:
         assert message in capsys.readouterr().err
     assert main(["merge"]) == 2
     assert "AutoModel reads" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    ["precision: bf16-true", "plugins: [{class_path: QuantizedPrecision, init_args: {mode: int8}}]"],
+    ids=["bf16-true", "int8"],
+)
+def test_the_merge_command_knows_the_precision_of_the_run(
+    trainer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrained().save_pretrained(str(tmp_path / "base"))
+    config = tmp_path / "run.yaml"
+    adapter = "LoRA\n    init_args: {rank: 2}"
+    config.write_text(CONFIG.format(base=tmp_path / "base", root=tmp_path, adapter=adapter, trainer=trainer))
+    assert main(["fit", "--config", str(config)]) == 0, capsys.readouterr().err
+    args = ["merge", "--config", str(config), "--ckpt_path", str(tmp_path / "ckpt" / "last.ckpt"), "--output"]
+    capsys.readouterr()
+    if "int8" in trainer:
+        assert main([*args, str(tmp_path / "refused")]) == 1
+        assert "dequantize" in capsys.readouterr().err
+        args = [args[0], "--dequantize", "true", *args[1:]]
+    assert main([*args, str(tmp_path / "merged")]) == 0, capsys.readouterr().err
+    assert main(["export", "--config", str(config), *args[-3:-1], "--output", str(tmp_path / "adapter")]) == 0
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    merged = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged"))
+    for layer in ("model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"):
+        lora_A, lora_B = (tensors[f"base_model.model.{layer}.lora_{each}.weight"] for each in "AB")
+        delta = 2 * lora_B @ lora_A
+        original = pretrained().get_submodule(layer).weight
+        step = (original.abs().max() + delta.abs().max()) / (127 if "int8" in trainer else 128)  # of the rounding
+        assert delta.abs().max() > 4 * step
+        assert (merged.get_submodule(layer).weight.float() - original - delta).abs().max() < step
