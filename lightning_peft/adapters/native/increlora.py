@@ -227,8 +227,8 @@ class IncreLoRA(GrowingAdapter):
 
     Begins with LoRA's cost at ``rank``, and ends with that of a mean rank of ``target_rank``. Each layer's values up to
     ``max_rank`` are allocated and kept in checkpoints from the start, without gradients and optimizer state until they
-    are reached. While it grows, each backward pass also computes the gradient of each adapted weight, one at a time: half
-    as much arithmetic again in those layers. Merged into the base it costs nothing in use.
+    are reached. While it grows, each backward pass also computes the gradient of each adapted weight, one at a time:
+    half as much arithmetic again in those layers. Merged into the base it costs nothing in use.
 
     Use it instead of LoRA where few parameters must do, and no one knows which layers need them.
 
