@@ -25,7 +25,7 @@ from lightning_peft.core.names import named_parameters
 from lightning_peft.core.plan import Claim
 from lightning_peft.core.scope import Scope
 from lightning_peft.core.trainable import set_flags
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, PlanConflict
 from lightning_peft.methods.base import MethodCallback
 from lightning_peft.methods.build import when_built
 from lightning_peft.methods.engine import Engine
@@ -236,6 +236,11 @@ class Adapter(MethodCallback):
 
     @override
     def bind(self, structure: Structure, user_flags: dict[str, bool]) -> Claim:
+        if self._driver is not None and (self._driver.scores or self._driver.allocates) and self._own & self.taken:
+            raise PlanConflict(
+                f"{self.label} decides about its parameters by scores of all of them in every step, and another method "
+                f"of the run has {min(self._own & self.taken)} in its scope. Leave them to one of the two."
+            )
         if not self.resolve(structure).names:  # other methods of the run decide about all of it
             self._structure, self._units, self._always_units = structure, {}, {}
             return Claim(self.label, frozenset())
@@ -384,7 +389,7 @@ class Adapter(MethodCallback):
                 driver.batch(args[0] if args else next(iter(kwargs.values()), None))
             output = original(*args, **kwargs)
             for driver in drivers:
-                if adds_loss and driver.adds_loss:
+                if adds_loss and driver.adds_loss and torch.is_grad_enabled():  # a method may score without
                     output = _add_loss(output, driver.loss())
             return output
 

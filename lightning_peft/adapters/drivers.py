@@ -44,6 +44,9 @@ class Driver:
     sees_whole_parameters = False
     """Whether the driver reads whole weights and gradients."""
 
+    scores = False
+    """Whether the driver needs a gradient of all that it trains in every step."""
+
     def __init__(self, handle: PeftModel, adapter_name: str) -> None:
         self.handle: Any = handle
         self.adapter_name = adapter_name
@@ -144,6 +147,7 @@ class AdaLoRADriver(Driver):
     """
 
     sees_whole_parameters = True
+    scores = True
     _FIELDS = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
     @property
