@@ -253,7 +253,8 @@ def merge_adapters(handle: PeftModel, dequantize: bool = False) -> nn.Module:
         The base, under the names it had before; a Hugging Face model can ``save_pretrained``.
 
     Raises:
-        ConfigError: If the method cannot be merged, or if the base is quantised and ``dequantize`` is False.
+        ConfigError: If the method cannot be merged, if the base is quantised and ``dequantize`` is False, or if one of
+            several tied embeddings was changed (encoder-decoder models), which a saved model cannot say.
     """
     base: Any = handle.get_base_model()
     if any(is_quantized(parameter) for parameter in base.parameters()):
@@ -288,7 +289,16 @@ def _untie(base: nn.Module) -> None:
     owners: dict[int, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in base.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append((name, parameter))
+    head: Any = getattr(base, "get_output_embeddings", lambda: None)()
+    heads = tuple(f"{path}." for path, module in base.named_modules() if module is head)
     for shared in owners.values():
+        changed = [name for name, _ in shared if ".base_layer." in name or ".original_module." in name]
+        if len(shared) > 2 and (apart := [name for name in changed if not name.startswith(heads)]) and not alike:
+            raise ConfigError(
+                f"{apart[0]} is one weight with {len(shared) - 1} others, and a saved model ties them again "
+                "when it is loaded: with a part of them changed it would compute something else. Keep the adapter "
+                "beside the base, or leave the embeddings of an encoder-decoder out of it."
+            )
         adapted = [
             name
             for name, _ in shared

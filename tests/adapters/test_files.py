@@ -270,6 +270,25 @@ def test_a_merged_folder_computes_the_same_with_ties_right(
     assert ("lm_head.weight" in stored) is not stays_tied
 
 
+def test_shared_embeddings_of_an_encoder_decoder(tmp_path: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 30, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    x = torch.arange(6)[None]
+    for targets in (["q"], ["q", "lm_head"], ["shared"]):
+        model: Any = T5ForConditionalGeneration(T5Config(**sizes, tie_word_embeddings=True)).eval()
+        handle: Any = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+        if targets == ["shared"]:
+            with pytest.raises(ConfigError, match="ties them again when it is loaded"):
+                merge_adapters(handle)
+            continue
+        with torch.no_grad():
+            expected = handle(input_ids=x, decoder_input_ids=x).logits
+            merge_adapters(handle).save_pretrained(str(tmp_path / targets[-1]))  # type: ignore[operator]
+            again: Any = T5ForConditionalGeneration.from_pretrained(str(tmp_path / targets[-1]))
+            torch.testing.assert_close(again(input_ids=x, decoder_input_ids=x).logits, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_quantised_base_is_merged_after_dequantising_only(tmp_path: Path) -> None:
     adapter, module = LoRA(2), TinyModule(MODEL)
     run = trainer(tmp_path, [adapter], max_epochs=1, plugins=[QuantizedPrecision("int8")])
