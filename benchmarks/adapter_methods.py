@@ -310,18 +310,26 @@ def _add(name: str, cls: str, **traits: Any) -> None:
 
 
 _RANK: dict[str, Any] = {"rank": 2}
+_SUBSPACES: dict[str, Any] = {
+    "rank": 4, "num_subspaces": 2, "target_subspaces": 4, "start_step": 1, "end_step": 4, "period_steps": 1,
+}  # fmt: skip
 _GROWS = {"target_rank": 2, "period_steps": 1}
 _add("lora+", "LoRAPlus", options=_RANK)
 _add("lora-fa", "LoRAFA", options=_RANK)
 _add("pego", "PEGO", options={"rank": 2, "group_size": 2})
 _add("lae", "LAE", options={"config": {"r": 2}, "freeze_epochs": 0}, may_rest=True)
+_add("adamss, allocated", "AdaMSS", options=_SUBSPACES, may_rest=True)
+_add("ba-lora", "BALoRA", options={"rank": 2, "labels": 1, "top_tokens": 5, "top_singular": 2}, changes_base=True)
 _add("lora_xs", "LoRAXS", options=_RANK)
 _add("lora_sb", "LoRASB", options=_RANK, starts_elsewhere=True, not_as_one=_CALIBRATES)
 _add("slora", "SLoRA", options=_RANK)
 _add("nlora", "NLoRA", options=_RANK)
 _add("inttune", "IntTune", options=_RANK)
 _add("loldu", "LoLDU", options=_RANK)
-_add("increlora", "IncreLoRA", options=_GROWS, may_rest=True, sets=("increlora_E",))
+_add(
+    "increlora", "IncreLoRA", options=_GROWS, may_rest=True, sets=("increlora_E",),
+    not_as_one="scores are means over the processes",
+)  # fmt: skip
 _add("triadapt_lora", "TriAdaptLoRA", options=_GROWS, may_rest=True)
 _add("ssf", "SSF", starts_elsewhere=True, merges_into=("bias",))
 _add("series adapter", "SeriesAdapter", options=_RANK)

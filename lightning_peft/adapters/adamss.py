@@ -66,14 +66,6 @@ class AdaMSSDriver(Driver):
         return cut
 
     @override
-    def started(self) -> None:
-        if not self._units:
-            raise ConfigError(
-                "AdaMSS drops subspaces, but another method of the run decides about all of them. Leave one of the two "
-                "out, or say target_subspaces=None."
-            )
-
-    @override
     def stepped(self, step: int) -> None:
         """Measure, and allocate where it is time."""
         config = self._config

@@ -14,7 +14,7 @@ from peft import PeftModel
 from lightning_peft import IST, PEGO, AdaMSS, Adapter, BALoRA, Poly
 from lightning_peft.adapters.adamss import num_kept
 from lightning_peft.adapters.files import merge_adapters
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, PlanConflict
 from tests.adapters.test_adapter import SaveAll, fit, logits, pytestmark  # noqa: F401
 from tests.contract.harness import Probe, TinyModule, _pretrained, assert_same_weights, loader, weights
 
@@ -111,7 +111,7 @@ def test_adamss_is_drawn_in_the_ledger_and_works_by_name(tmp_path: Path) -> None
 
 
 def test_adamss_mistakes(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="another method of the run decides"):
+    with pytest.raises(PlanConflict, match="by scores of all of them in every step"):
         fit(tmp_path, adamss(), IST(0.5, score_period_steps=2, scope="adapters"))
     with pytest.raises(ConfigError, match="no multiple of period_steps=100 lies"):
         AdaMSS(target_subspaces=3, start_step=10, end_step=90)

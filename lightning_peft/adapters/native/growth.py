@@ -288,19 +288,6 @@ class GrowthDriver(Driver):
         if trainer.global_step == 0:
             self._last_step = -1
 
-    def started(self) -> None:
-        """Check that the slots are this driver's to switch.
-
-        Raises:
-            ConfigError: If another method of the run chooses among them.
-        """
-        expected = sum(layer.num_slots(self.config) * (1 + bool(layer.gates)) for layer in self.layers.values())
-        if len(self._units or {}) != expected:
-            raise ConfigError(
-                f"Another method of the run chooses among the parameters of adapter {self.adapter_name!r}, which grows "
-                "and must decide itself which of them train. Leave 'adapters' out of the other method's scope."
-            )
-
     def stepped(self, step: int) -> None:
         """Grow, if it is time."""
         again, self._last_step = step == self._last_step, step  # once, if there are several optimizers

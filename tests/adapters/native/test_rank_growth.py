@@ -16,7 +16,7 @@ from lightning_peft import IST, IncreLoRA, TriAdaptLoRA
 from lightning_peft.adapters.native import IncreLoRAConfig, TriAdaptLoRAConfig
 from lightning_peft.adapters.native.growth import GrowingLayer
 from lightning_peft.adapters.native.triadapt_lora import num_growing
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, PlanConflict
 from tests.adapters.native.life import resume
 from tests.adapters.native.models import batch, build, output
 from tests.adapters.native.test_in_training import Module, loader
@@ -411,7 +411,7 @@ def test_mistakes(method: str, tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=text):
             config(**options)
-    with pytest.raises(ConfigError, match="chooses among the parameters"):
+    with pytest.raises(PlanConflict, match="by scores of all of them in every step"):
         run([METHODS[method](), IST(0.5, score_period_steps=2, scope="adapters")], tmp_path)
     with pytest.raises(ConfigError, match=r"r=40 is more than blocks"):
         get_peft_model(build("vit"), config(r=40, target_r=40, target_modules=["qkv"]))
