@@ -245,7 +245,7 @@ METHODS: dict[str, Method] = {
     "oft": Method(_peft("oft", oft_block_size=4)),
     "boft": Method(_peft("boft", boft_block_size=4)),
     "miss": Method(_peft("miss", r=2)),
-    "randlora": Method(_peft("randlora", "square", r=2)),
+    "randlora": Method(_peft("randlora", "square", r=2, randlora_alpha=4)),
     "road": Method(_peft("road", group_size=8)),
     "fourierft": Method(_peft("fourierft", n_frequency=10), starts_elsewhere=True),
     "waveft": Method(_peft("waveft", n_frequency=10), starts_elsewhere=True),
@@ -317,7 +317,7 @@ _GROWS = {"target_rank": 2, "period_steps": 1}
 _add("lora+", "LoRAPlus", options=_RANK)
 _add("lora-fa", "LoRAFA", options=_RANK)
 _add("pego", "PEGO", options={"rank": 2, "group_size": 2})
-_add("lae", "LAE", options={"config": {"r": 2}, "freeze_epochs": 0}, may_rest=True)
+_add("lae", "LAE", options={"config": {"r": 2}, "freeze_epochs": 0}, sets=("_offline",))
 _add("adamss, allocated", "AdaMSS", options=_SUBSPACES, may_rest=True)
 _add("ba-lora", "BALoRA", options={"rank": 2, "labels": 1, "top_tokens": 5, "top_singular": 2}, changes_base=True)
 _add("lora_xs", "LoRAXS", options=_RANK)

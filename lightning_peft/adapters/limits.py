@@ -68,7 +68,9 @@ def check_quantised(handle: Any, adapter_name: str, target: str) -> None:
                 total = module(inputs).float().sum()
                 if trainable and total.requires_grad:
                     torch.autograd.grad(total, trainable, allow_unused=True)
-        except (RuntimeError, TypeError, AttributeError) as error:  # not what a layer says of its batch
+        except ValueError:  # what a layer misses in its batch
+            continue
+        except (RuntimeError, TypeError, AttributeError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise ConfigError(
                 f"{_kind(handle.peft_config[adapter_name]).lower()} cannot work on the quantised layer {path!r} in "

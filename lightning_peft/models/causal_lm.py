@@ -142,8 +142,9 @@ class CausalLM(PretrainedModule):
         self.build_model()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Return the logits (B, T, V)."""
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs).logits
+        """Return the logits (B, T, V), without those of tokens that a prompt method has put in front."""
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs).logits
+        return logits[:, -input_ids.shape[1] :]
 
     def _losses(self, batch: dict[str, Tensor], labels_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return token_losses(self(batch["input_ids"], batch.get("attention_mask")), labels_BT)

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import LambdaCallback
 
-from lightning_peft import CausalLM
+from lightning_peft import Adapter, CausalLM
 from lightning_peft.errors import ConfigError
 from lightning_peft.models.causal_lm import prompts_and_responses
 from lightning_peft.models.optimizer import WarmupSchedule
@@ -164,3 +164,25 @@ def test_optimizer_holds_every_trainable_parameter_once() -> None:
         "model.model.layers.1.post_attention_layernorm.weight",
         "model.model.norm.weight",
     }
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_tokens_in_front_of_the_text_have_no_labels(method: str, llama_folder, trainer) -> None:
+    module = CausalLM(llama_folder, optimizer=ADAM)
+    adapter = Adapter(method, {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"})
+    losses = []
+    watch = LambdaCallback(on_train_batch_end=lambda run, *_: losses.append(run.callback_metrics["train/loss"].item()))
+    trainer(max_steps=10, callbacks=[adapter, watch]).fit(module, loader([batch()] * 10))
+    assert losses[-1] < losses[0]
+    module.eval()
+    with torch.no_grad():
+        logits = adapter.handle(input_ids=torch.tensor(ROWS[:1])).logits[0]
+    behind = logits[3:] if method == "prompt_tuning" else logits
+    (row,), (prompt,) = ROWS[:1], PROMPTS[:1]
+    log_p = torch.log_softmax(behind.double(), -1)
+    expected = [-log_p[t - 1, row[t]].item() for t in range(prompt, len(row))]
+    assert slow_losses(module, ROWS[:1], PROMPTS[:1]) == pytest.approx(expected, rel=1e-5)
+    (logged,) = trainer(callbacks=[adapter]).validate(module, loader([batch(ROWS[:1], PROMPTS[:1])]), verbose=False)
+    assert logged["val/loss"] == pytest.approx(sum(expected) / len(expected), rel=1e-4)
