@@ -33,6 +33,8 @@ _PUBLIC: dict[str, str] = {
     "DropBP": "lightning_peft.methods.layers.dropbp",
     "CoFiTune": "lightning_peft.methods.layers.cofitune",
     "SearchedSubset": "lightning_peft.methods.layers.searched_subset",
+    # slices: columns and rows of weights
+    "PaCA": "lightning_peft.methods.slices.paca",
     # quantised base weights
     "QLoRA": "lightning_peft.methods.quantized.qlora",
     "PEQA": "lightning_peft.methods.quantized.peqa",
@@ -181,6 +183,7 @@ if TYPE_CHECKING:
     from lightning_peft.methods.quantized.low_bit_adapters import LowBitAdapters
     from lightning_peft.methods.quantized.peqa import PEQA
     from lightning_peft.methods.quantized.qlora import QLoRA
+    from lightning_peft.methods.slices.paca import PaCA
     from lightning_peft.models.causal_lm import CausalLM
     from lightning_peft.models.optimizer import WarmupSchedule
     from lightning_peft.models.sequence_classification import SequenceClassification
