@@ -319,7 +319,10 @@ _add("lora-fa", "LoRAFA", options=_RANK)
 _add("pego", "PEGO", options={"rank": 2, "group_size": 2})
 _add("lae", "LAE", options={"config": {"r": 2}, "freeze_epochs": 0}, sets=("_offline",))
 _add("adamss, allocated", "AdaMSS", options=_SUBSPACES, may_rest=True)
-_add("ba-lora", "BALoRA", options={"rank": 2, "labels": 1, "top_tokens": 5, "top_singular": 2}, changes_base=True)
+_add(
+    "ba-lora", "BALoRA", options={"rank": 2, "labels": 1, "top_tokens": 5, "top_singular": 2}, changes_base=True,
+    not_as_one="the spectrum is that of the batch of its process",
+)  # fmt: skip
 _add("lora_xs", "LoRAXS", options=_RANK)
 _add("lora_sb", "LoRASB", options=_RANK, starts_elsewhere=True, not_as_one=_CALIBRATES)
 _add("slora", "SLoRA", options=_RANK)

@@ -278,6 +278,7 @@ class Probe:
         return f"exact to {worst:.0e}" if worst <= 1e-5 else f"WRONG: the output differs by {worst:.1g}"
 
     def merge(self) -> str:
+        predict(self.task, self.kind)  # says which task, where there are several
         merged = merge_adapters(self.adapter.handle)
         holder = nn.Module()
         holder.model = merged

@@ -275,7 +275,8 @@ def merge_adapters(handle: PeftModel, dequantize: bool = False) -> nn.Module:
             merged = handle.merge_and_unload()  # type: ignore[operator]
     except (NotImplementedError, AttributeError, ValueError) as error:
         kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in handle.peft_config.values()}
-        raise ConfigError(f"{', '.join(sorted(kinds))} cannot be merged into the base: {error}") from error
+        reason = str(error) or "peft has no merging for it."
+        raise ConfigError(f"{', '.join(sorted(kinds))} cannot be merged into the base: {reason}") from error
     _tell_untied(merged)
     return merged
 

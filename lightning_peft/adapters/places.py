@@ -41,10 +41,13 @@ def module_paths(root: nn.Module, layers: str | Sequence[str], target: str, plac
         wanted = entry.removeprefix("!")
         found = _match_modules(wanted, known, {block.name for block in structure.blocks}, places)
         if not found:
-            raise ScopeError(
-                f"layers={entry!r} names no module with parameters in {target!r}. "
-                + suggest(wanted, [*places, "blocks", *known])
+            near = [path for path in known if path.startswith(prefix)]
+            hint = (
+                f"No module there is called as such modules usually are: name paths or patterns, such as {near[-1]!r}."
+                if (wanted in places or wanted == "blocks") and near
+                else suggest(wanted, [*places, "blocks", *known])
             )
+            raise ScopeError(f"layers={entry!r} names no module with parameters in {target!r}. {hint}")
         for path in found:
             if entry.startswith("!"):
                 chosen.pop(path, None)
