@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from typing_extensions import override
 
@@ -105,13 +107,14 @@ class SliceMethod(MethodCallback):
     @override
     def resolve(self, structure: Structure) -> Scope:
         """The slices of all layers."""
-        names = {path: f"{path}.weight_slice" for path in self._layers}
+        present = {id(module): path for path, module in structure.modules.items()}
+        names = {path: f"{present[id(layer)]}.weight_slice" for path, layer in self._layers.items()}
         return Scope(tuple(names.values()), frozenset(names[path] for path in self._explicit))
 
     @override
     def bind(self, structure: Structure, user_flags: dict[str, bool]) -> Claim:
         claim = super().bind(structure, user_flags)
-        dense = frozenset(f"{path}.weight" for path in self._layers)
+        dense = frozenset(name.removesuffix("_slice") for name in self.resolve(structure).names)
         doubled = sorted(dense & self.selectable)
         if doubled:
             raise PlanConflict(
@@ -156,8 +159,20 @@ class SliceMethod(MethodCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.finished()
         super().setup(trainer, pl_module, stage)
-        if stage == "fit":
+        if stage != "fit":
+            return
+        averaging = (WeightAveraging, StochasticWeightAveraging)
+        callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        early = [each for each in callbacks[: callbacks.index(self)] if isinstance(each, averaging)]
+        if early:
+            raise ConfigError(
+                f"{type(early[0]).__name__} copies the model before {self.label} slices its layers, so that the two "
+                f"could not be averaged. Put {type(self).__name__} before it in callbacks."
+            )
+        if is_overridden("configure_model", pl_module):
             when_built(pl_module, lambda: self.convert(pl_module))
+        else:
+            self.convert(pl_module)  # callbacks that copy the model do it as soon
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
 from benchmarks.harness import saved_activations
@@ -274,6 +275,41 @@ def test_activation_checkpointing_gives_the_same_weights(tmp_path: Path) -> None
         results.append(weights(module))
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=0, atol=1e-6)
+
+
+def test_averages_are_those_of_the_dense_model(tmp_path: Path) -> None:
+    method, module = PaCA(RANK), TinyModule("gqa_decoder")
+    run = fit(tmp_path, module, [method, EMAWeightAveraging(decay=0.5)], max_epochs=1)
+    run.save_checkpoint(tmp_path / "average.ckpt")
+    dense = Dense("gqa_decoder", masks(method, module))
+    fit(tmp_path, dense, [EMAWeightAveraging(decay=0.5)], max_epochs=1)
+    for name, value in weights(module).items():
+        torch.testing.assert_close(value, weights(dense)[name], rtol=0, atol=1e-6, msg=name)
+    averaged = torch.load(tmp_path / "average.ckpt", weights_only=False)["state_dict"]
+    assert averaged.keys() == weights(module).keys()
+    with pytest.raises(ConfigError, match="Put PaCA before it in callbacks"):
+        fit(tmp_path, TinyModule("gqa_decoder"), [EMAWeightAveraging(), PaCA(RANK)])
+
+
+class Later(TinyModule):
+    """Builds its model in ``configure_model``."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self.built, self.model = self.model, nn.Identity()
+
+    def configure_model(self) -> None:
+        if isinstance(self.model, nn.Identity):
+            self.model, self.built = self.built, None
+
+
+def test_a_model_built_in_configure_model(tmp_path: Path) -> None:
+    results = []
+    for kind in (TinyModule, Later):
+        module = kind("gqa_decoder")
+        fit(tmp_path, module, [PaCA(RANK)], max_epochs=1)
+        results.append(weights(module))
+    assert_same_weights(*results)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
