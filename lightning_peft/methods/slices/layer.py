@@ -138,7 +138,7 @@ class _Product(torch.autograd.Function):
         input_dim: int,
         side: Side,
     ) -> Tensor:
-        kept = x.index_select(-1, index) if side == "inputs" else x
+        kept = x.reshape(-1, x.shape[-1]).index_select(1, index) if side == "inputs" else x
         # With the slice, autograd refuses a backward pass after the optimizer has moved it, as with any parameter.
         ctx.save_for_backward(kept, weight_slice, weight if ctx.needs_input_grad[0] else None, index)
         ctx.input_dim, ctx.side = input_dim, side
@@ -150,8 +150,8 @@ class _Product(torch.autograd.Function):
         kept, weight_slice, weight, index = ctx.saved_tensors
         grad_x = grad @ _matrix(weight, ctx.input_dim, grad.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
-        left = grad if ctx.side == "inputs" else grad.index_select(-1, index)
-        left, right = left.reshape(-1, left.shape[-1]), kept.reshape(-1, kept.shape[-1])
+        left, right = grad.reshape(-1, grad.shape[-1]), kept.reshape(-1, kept.shape[-1])
+        left = left if ctx.side == "inputs" else left.index_select(1, index)
         grad_slice = left.T @ right if ctx.input_dim == 1 else right.T @ left
         return grad_x, grad_slice.to(weight_slice.dtype), grad_bias, None, None, None, None
 
