@@ -21,8 +21,6 @@ METHODS: dict[str, Any] = {
     "lora": lambda: [LoRA(2)],
     "ist_over_lora": lambda: [LoRA(2), IST(0.5, score_period_steps=2, scope="adapters")],
     "ia3": lambda: [make("ia3")],
-    "vera": lambda: [make("vera")],
-    "miss": lambda: [make("miss")],
 }
 STRATEGIES: dict[str, Any] = {
     "ddp": lambda: "ddp",

@@ -36,7 +36,7 @@ UNSUPPORTED = {
     "fsdp1": {"lisa_offload", "schedule_replacing"},
 }
 RESUMED = ("lisa", "lisa_keep", "hft_redraw", "schedule", "schedule_replacing", "badam", "ist_slow")
-POSITIONS = {"sharded": (0, 5, 9), "full": (3,)}
+POSITIONS = {"sharded": (5,), "full": (3,)}
 
 
 def is_supported(row: str, strategy: str) -> bool:
